@@ -1,0 +1,85 @@
+"""Families of q(z): from a raw parameter vector to a distribution, with their analytic KL to N(0, I)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from pyro import distributions as dist
+from torch import Tensor, nn
+from torch.distributions import Independent, LowRankMultivariateNormal, Normal, kl_divergence, register_kl
+from torch.nn import functional
+
+SCALE_FLOOR = 1e-3
+_UNIT = 0.541324854612918  # softplus(_UNIT) = 1: raw zeros give the prior
+
+
+def _scale(raw: Tensor) -> Tensor:
+    return functional.softplus(raw + _UNIT) + SCALE_FLOOR
+
+
+class MeanField(nn.Module):
+    """Independent normals; raw = (loc, scale), 2 D numbers. Raw zeros give (nearly) N(0, I)."""
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__()
+        self.latent_dim = latent_dim
+        self.num_parameters = 2 * latent_dim
+
+    def forward(self, raw: Tensor) -> dist.Distribution:
+        """q(z) with event shape (D,) from raw parameters (..., 2 D)."""
+        z_loc, z_scale = raw.split(self.latent_dim, -1)
+        return dist.Normal(z_loc, _scale(z_scale)).to_event(1)
+
+
+class LowRank(nn.Module):
+    """N(loc, W Wᵀ + diag(d)) with W of D × rank; raw = (loc, d, W), D (2 + rank) numbers."""
+
+    start: Tensor
+
+    def __init__(self, latent_dim: int, rank: int = 4) -> None:
+        super().__init__()
+        self.latent_dim, self.rank = latent_dim, min(rank, latent_dim)
+        self.num_parameters = latent_dim * (2 + self.rank)
+        # W = 0 is a saddle: its gradient vanishes there.
+        self.register_buffer("start", 0.1 * torch.eye(latent_dim, self.rank), persistent=False)
+
+    def forward(self, raw: Tensor) -> dist.Distribution:
+        """q(z) with event shape (D,) from raw parameters (..., D (2 + rank))."""
+        d = self.latent_dim
+        z_loc, z_scale, factor = raw.split([d, d, d * self.rank], -1)
+        factor = factor.unflatten(-1, (d, self.rank)) + self.start.to(raw.dtype)
+        return dist.LowRankMultivariateNormal(z_loc, factor, _scale(z_scale).square())
+
+
+@register_kl(LowRankMultivariateNormal, Independent)
+def _kl_low_rank_to_normal(q: LowRankMultivariateNormal, p: Independent) -> Tensor:
+    """½ Σ_i [(Σ_ii + (μ_i − m_i)²)/s_i² − 1 + log s_i²] − ½ log det Σ: a normal to independent normals."""
+    if not isinstance(p.base_dist, Normal) or p.reinterpreted_batch_ndims != 1:
+        raise NotImplementedError
+    variance = p.base_dist.scale.square()
+    spread = q.variance + (q.loc - p.base_dist.loc).square()
+    identity = torch.eye(q.cov_factor.shape[-1], dtype=q.loc.dtype, device=q.loc.device)
+    scaled = q.cov_factor / q.cov_diag.unsqueeze(-1)
+    capacitance = identity + q.cov_factor.mT @ scaled  # matrix determinant lemma
+    log_det = q.cov_diag.log().sum(-1) + torch.linalg.slogdet(capacitance).logabsdet
+    return 0.5 * ((spread / variance - 1 + variance.log()).sum(-1) - log_det)
+
+
+FAMILIES: dict[str, Callable[..., nn.Module]] = {"mean-field": MeanField, "low-rank": LowRank}
+
+
+def build_family(name: str, latent_dim: int, **options: int) -> nn.Module:
+    """A family by name.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if name not in FAMILIES:
+        raise ValueError(f"unknown guide family {name!r}; choose one of {sorted(FAMILIES)}")
+    return FAMILIES[name](latent_dim, **options)
+
+
+def kl_to_prior(posterior: dist.Distribution, prior: dist.Distribution) -> Tensor:
+    """KL(q ‖ p) per scan, analytic."""
+    return kl_divergence(posterior, prior.expand(posterior.batch_shape))

@@ -1,0 +1,47 @@
+"""q(s | z) = f and q(s | z, x) = r: the two label factors of the enumerated guide. f gives Jensen's bound, r the exact one."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pyro
+import torch
+from pyro import distributions as dist
+from pyro import poutine
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from ..models.intensity import IntensityParameters
+from ..models.segmentation import SegmentationModel, voxels_first
+
+
+class LabelFactorGuide(PyroModule):
+    """A guide of z with a label factor beside it, enumerated over labels.
+
+    Args:
+        guide: samples `z`. model: the program whose f and p(x|s) make the factor.
+        factor: `prior` for f, `posterior` for r. detach: no gradient through the factor.
+    """
+
+    def __init__(
+        self, guide: PyroModule, model: SegmentationModel, factor: Literal["prior", "posterior"], detach: bool = False
+    ) -> None:
+        super().__init__()
+        if factor not in ("prior", "posterior"):
+            raise ValueError(f"unknown label factor {factor!r}; choose 'prior' (f) or 'posterior' (r)")
+        self.z_guide, self.model, self.factor, self.detach = guide, model, factor, detach
+
+    def forward(self, scan: Tensor, observed: Tensor, theta: IntensityParameters) -> Tensor:
+        """Sample z (B, D) and enumerate the labels of every voxel."""
+        shape, intensity = self.model.shape_prior, self.model.intensity
+        z: Tensor = self.z_guide(scan, observed, theta)
+        observed = observed.expand(-1, intensity.channels, *shape.grid).flatten(2)
+        logits = shape.log_label_probs(z).flatten(-len(shape.grid))
+        if self.factor == "posterior":
+            flat = torch.where(observed, scan.flatten(2), 0.0)
+            logits = logits + intensity.label_log_prob(flat, observed, theta)
+        logits = voxels_first(logits.detach() if self.detach else logits)
+        with pyro.plate("scans", scan.shape[0], dim=-1), poutine.scale(scale=self.model.likelihood_power):
+            with poutine.mask(mask=observed.any(1).T), pyro.plate("voxels", logits.shape[-3], dim=-2):
+                pyro.sample("labels", dist.Categorical(logits=logits), infer={"enumerate": "parallel"})
+        return z

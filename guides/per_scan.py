@@ -1,0 +1,34 @@
+"""q(z) fitted to the scans at hand: one vector of raw parameters a scan, no network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+from pyro import distributions as dist
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+
+class PerScanGuide(PyroModule):
+    """q(z) of a fixed batch of scans.
+
+    Args:
+        family: raw parameters → distribution. raw: where to start, (B, P): zeros for the prior, or an encoder's output.
+    """
+
+    def __init__(self, family: nn.Module, raw: Tensor) -> None:
+        super().__init__()
+        self.family = family
+        self.raw = nn.Parameter(raw.detach().clone())
+
+    def posterior(self) -> dist.Distribution:
+        """q(z), batch shape (B,)."""
+        posterior: dist.Distribution = self.family(self.raw)
+        return posterior
+
+    def forward(self, scan: Tensor | None = None, observed: Tensor | None = None, theta: Any = None) -> Tensor:
+        """Sample z (B, D); the scan is not looked at."""
+        with pyro.plate("scans", self.raw.shape[0], dim=-1):
+            z: Tensor = pyro.sample("z", self.posterior())
+        return z

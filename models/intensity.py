@@ -1,0 +1,199 @@
+"""p(x | s): K Gaussians per intensity class, with constant weights or, for the background, weight maps over the grid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+SD_FLOOR = 1e-4  # of the normalised intensity range; keeps an emptied component's density finite
+_LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
+
+
+@dataclass(frozen=True)
+class IntensityParameters:
+    """θ: one value for all draws of a scan.
+
+    mean, sd: (B or 1, Q, C), in normalised intensity; log_weight: (B or 1, Q), normalised within each class;
+    background_log_weight: (K0, J) or None, log weight maps of the background's components, normalised over K0 in each
+    voxel; where given they take the place of the background's constant weights.
+    """
+
+    mean: Tensor
+    sd: Tensor
+    log_weight: Tensor
+    background_log_weight: Tensor | None = None
+
+    def select(self, scans: Tensor | slice) -> IntensityParameters:
+        """θ of some scans of the batch; the maps belong to all."""
+        return replace(self, mean=self.mean[scans], sd=self.sd[scans], log_weight=self.log_weight[scans])
+
+    def detach(self) -> IntensityParameters:
+        """θ without its graph."""
+        maps = self.background_log_weight
+        return IntensityParameters(
+            self.mean.detach(), self.sd.detach(), self.log_weight.detach(), None if maps is None else maps.detach()
+        )
+
+    def with_maps(self, background_log_weight: Tensor | None) -> IntensityParameters:
+        """θ with other background maps, (K0, J)."""
+        return replace(self, background_log_weight=background_log_weight)
+
+
+@dataclass(frozen=True)
+class PseudoCounts:
+    """The conjugate penalty log p(θ), up to a constant; not multiplied by the likelihood power.
+
+    Σ_q weight · log w_q  −  Σ_qc [ mean_count/2 · (μ − mean)²/σ²  +  sd_count/2 · (log σ² + sd²/σ²) ]
+    """
+
+    weight: float = 0.0
+    mean_count: float = 0.0
+    mean: float | Tensor = 0.5
+    sd_count: float = 0.0
+    sd: float | Tensor = 0.1
+
+
+class IntensityModel(nn.Module):
+    """Gaussian mixtures per class: which labels share a class, how many components each class has.
+
+    Args:
+        class_of_label: class of each label, length M; classes are 0..N-1, and label 0 (background) has class 0.
+        components: number of Gaussians of each class, length N.
+        channels: C.
+
+    Raises:
+        ValueError: if classes are not 0..N-1, or the background's class is not 0.
+    """
+
+    class_of_label: Tensor
+    class_of_component: Tensor
+
+    def __init__(self, class_of_label: Sequence[int], components: Sequence[int], channels: int = 1) -> None:
+        super().__init__()
+        if class_of_label[0] != 0 or set(class_of_label) != set(range(len(components))):
+            raise ValueError(
+                f"class_of_label must start with 0 and use every class 0..{len(components) - 1}; found {list(class_of_label)}"
+            )
+        if min(components) < 1:
+            raise ValueError(f"every class needs at least one component; found {list(components)}")
+        self.components = tuple(int(k) for k in components)
+        self.channels = channels
+        self.register_buffer("class_of_label", torch.tensor(list(class_of_label)), persistent=False)
+        of_component = [n for n, k in enumerate(self.components) for _ in range(k)]
+        self.register_buffer("class_of_component", torch.tensor(of_component), persistent=False)
+        starts = [sum(self.components[:n]) for n in range(len(self.components))]
+        self.slices = tuple(slice(start, start + k) for start, k in zip(starts, self.components, strict=True))
+
+    @property
+    def num_components(self) -> int:
+        """Q."""
+        return sum(self.components)
+
+    @property
+    def one_label_per_class(self) -> bool:
+        """Whether labels and classes are the same thing."""
+        return len(self.class_of_label) == len(self.components)
+
+    def component_log_joint(self, scan: Tensor, observed: Tensor, theta: IntensityParameters) -> Tensor:
+        """log w_q(j) + Σ_c o_cj log N(x_cj; μ_qc, σ²_qc), (B, Q, J), for scan and observed of (B, C, J)."""
+        weight = theta.log_weight.unsqueeze(-1)
+        maps = theta.background_log_weight
+        if maps is not None:
+            rows = weight.shape[0]
+            constant = weight[:, self.components[0] :].expand(-1, -1, maps.shape[-1])
+            weight = torch.cat([maps.expand(rows, -1, -1), constant], 1)
+        total = weight
+        for c in range(self.channels):
+            sd = theta.sd[:, :, c, None]
+            standardised = (scan[:, None, c] - theta.mean[:, :, c, None]) / sd
+            log_density = -0.5 * standardised.square() - sd.log() - _LOG_SQRT_2PI
+            total = total + log_density * observed[:, None, c].to(log_density.dtype)
+        return total
+
+    def class_log_prob(self, scan: Tensor, observed: Tensor, theta: IntensityParameters) -> Tensor:
+        """log p(x_j | class n), (B, N, J)."""
+        joint = self.component_log_joint(scan, observed, theta)
+        classes = [
+            joint[:, s].logsumexp(1) if k > 1 else joint[:, s.start]
+            for s, k in zip(self.slices, self.components, strict=True)
+        ]
+        return torch.stack(classes, 1)
+
+    def label_log_prob(self, scan: Tensor, observed: Tensor, theta: IntensityParameters) -> Tensor:
+        """ℓ_jm = log p(x_j | s_j = m), (B, M, J)."""
+        of_class = self.class_log_prob(scan, observed, theta)
+        return of_class if self.one_label_per_class else of_class[:, self.class_of_label]
+
+    def class_sums(self, label_values: Tensor) -> Tensor:
+        """Sum over the labels of each class: (B, M, J) → (B, N, J)."""
+        if self.one_label_per_class:
+            return label_values
+        zeros = label_values.new_zeros(label_values.shape[0], len(self.components), label_values.shape[-1])
+        return zeros.index_add(1, self.class_of_label, label_values)
+
+    def component_responsibilities(
+        self, label_responsibilities: Tensor, scan: Tensor, observed: Tensor, theta: IntensityParameters
+    ) -> Tensor:
+        """Label responsibilities (B, M, J) times the component posterior within each class at the old θ, (B, Q, J)."""
+        of_class = self.class_sums(label_responsibilities)
+        joint = self.component_log_joint(scan, observed, theta)
+        parts = [
+            of_class[:, n, None] * (joint[:, s].softmax(1) if k > 1 else torch.ones_like(joint[:, s]))
+            for n, (s, k) in enumerate(zip(self.slices, self.components, strict=True))
+        ]
+        return torch.cat(parts, 1)
+
+    def m_step(
+        self,
+        component_responsibilities: Tensor,
+        scan: Tensor,
+        observed: Tensor,
+        previous: IntensityParameters,
+        pseudo: PseudoCounts | None = None,
+        power: float = 1.0,
+    ) -> IntensityParameters:
+        """The θ that maximises power · Σ_j o_j Σ_q r_qj log(w_q N(x_j; μ_q, σ²_q)) + log p(θ). Pure.
+
+        Args:
+            component_responsibilities: (B, Q, J) at the old θ, of the objective's own label factor.
+            scan, observed: (B, C, J).
+            previous: the old θ; a component that nothing belongs to keeps it, and so do the background maps.
+            pseudo: the conjugate penalty.
+            power: the likelihood power β.
+        """
+        pseudo = pseudo or PseudoCounts()
+        tiny = torch.finfo(scan.dtype).tiny
+        seen = observed.any(1, keepdim=True).to(scan.dtype)
+        count = power * (component_responsibilities * seen).sum(-1)  # (B, Q)
+        weighted = torch.stack([component_responsibilities * observed[:, None, c] for c in range(self.channels)], 2)
+        n = power * weighted.sum(-1)  # (B, Q, C)
+        first = power * (weighted * scan[:, None]).sum(-1)
+        mean = (first + pseudo.mean_count * pseudo.mean) / (n + pseudo.mean_count).clamp(min=tiny)
+        squares = power * (weighted * (scan[:, None] - mean[..., None]).square()).sum(-1)
+        squares = squares + pseudo.mean_count * (mean - pseudo.mean) ** 2 + pseudo.sd_count * pseudo.sd**2
+        sd = (squares / (n + pseudo.sd_count).clamp(min=tiny)).clamp(min=SD_FLOOR**2).sqrt()
+        alpha = count + pseudo.weight
+        log_weight = torch.cat(
+            [(a / a.sum(1, keepdim=True).clamp(min=tiny)).clamp(min=tiny).log() for a in (alpha[:, s] for s in self.slices)], 1
+        )
+        empty_class = torch.cat([(count[:, s].sum(1, keepdim=True) <= 1e-8).expand_as(count[:, s]) for s in self.slices], 1)
+        empty = n <= 1e-8
+        return IntensityParameters(
+            torch.where(empty, previous.mean, mean),
+            torch.where(empty, previous.sd, sd),
+            torch.where(empty_class, previous.log_weight, log_weight),
+            previous.background_log_weight,
+        )
+
+    def log_penalty(self, theta: IntensityParameters, pseudo: PseudoCounts) -> Tensor:
+        """log p(θ) of `PseudoCounts`, (B,)."""
+        maps = theta.background_log_weight is not None
+        constant_weights = theta.log_weight[:, self.components[0] :] if maps else theta.log_weight
+        variance = theta.sd.square()
+        location = pseudo.mean_count * (theta.mean - pseudo.mean) ** 2 / variance
+        scale = pseudo.sd_count * (variance.log() + pseudo.sd**2 / variance)
+        return pseudo.weight * constant_weights.sum(1) - 0.5 * (location + scale).sum((1, 2))

@@ -1,0 +1,46 @@
+"""The distribution of a whole label map given z: the `labels` site of the stage-1 program."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints
+
+
+class LabelField(TorchDistribution):
+    """s_j ~ Categorical(f_j), independent over voxels given z; unobserved voxels count nothing.
+
+    Args:
+        logits: label logits a, (*S, B, M, *grid); f = softmax over M.
+        observed: bool, (B, 1, *grid).
+
+    batch_shape is (*S, B), event_shape the grid.
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    has_rsample = False
+
+    def __init__(self, logits: Tensor, observed: Tensor) -> None:
+        grid = logits.shape[logits.dim() - (observed.dim() - 2) :]
+        self.logits, self.observed = logits.flatten(-len(grid)), observed.flatten(1)
+        super().__init__(batch_shape=self.logits.shape[:-2], event_shape=grid, validate_args=False)
+
+    @constraints.dependent_property(is_discrete=True)
+    def support(self) -> Any:
+        """Label positions 0..M-1; the event is the grid."""
+        return constraints.independent(constraints.integer_interval(0, self.logits.shape[-2] - 1), len(self.event_shape))
+
+    def log_prob(self, labels: Tensor) -> Tensor:
+        """Σ_j o_j log f_j(s_j) for label positions (B, *grid), (*S, B)."""
+        index = labels.long().flatten(1).unsqueeze(-2).expand(*self.batch_shape, 1, -1)
+        logits = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
+        chosen = logits.gather(-2, index).squeeze(-2)
+        return torch.where(self.observed, chosen - logits.logsumexp(-2), 0.0).sum(-1)
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        """Label positions, (*sample_shape, *S, B, *grid)."""
+        draws = torch.distributions.Categorical(logits=self.logits.movedim(-2, -1)).sample(sample_shape)
+        return draws.unflatten(-1, self.event_shape)

@@ -1,0 +1,85 @@
+"""The distribution of a scan given z with the labels summed out: the `scan` site of the collapsed program."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints
+
+from .intensity import IntensityModel, IntensityParameters
+from .likelihood import label_mixture_expected_log_prob, label_mixture_log_prob
+
+
+class LabelMixture(TorchDistribution):
+    """x_j ~ Σ_m f_jm p(x_j | m), independent over voxels given z and θ.
+
+    Args:
+        scores: decoder output, (*S, B, M, *grid).
+        log_location_prior: log p_loc, (M, *grid).
+        theta: intensity parameters.
+        intensity: the intensity model.
+        observed: bool, (B, C or 1, *grid).
+
+    batch_shape is (*S, B), event_shape (C, *grid).
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    has_rsample = False
+
+    def __init__(
+        self, scores: Tensor, log_location_prior: Tensor, theta: IntensityParameters, intensity: IntensityModel, observed: Tensor
+    ) -> None:
+        self.grid = tuple(log_location_prior.shape[1:])
+        dims = len(self.grid)
+        self.scores = scores.flatten(-dims)
+        self.log_location_prior = log_location_prior.flatten(1)
+        self.theta, self.intensity = theta, intensity
+        self.observed = observed.expand(-1, intensity.channels, *self.grid).flatten(2)
+        super().__init__(
+            batch_shape=self.scores.shape[:-2], event_shape=torch.Size((intensity.channels, *self.grid)), validate_args=False
+        )
+
+    @constraints.dependent_property(is_discrete=False)
+    def support(self) -> Any:
+        """Real numbers; the event is (C, *grid)."""
+        return constraints.independent(constraints.real, 1 + len(self.grid))
+
+    def _arguments(self, scan: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, IntensityParameters, IntensityModel]:
+        flat = torch.where(self.observed, scan.flatten(2), 0.0)
+        return self.scores, self.log_location_prior, flat, self.observed, self.theta, self.intensity
+
+    def log_prob(self, scan: Tensor) -> Tensor:
+        """Exact log-likelihood of scans (B, C, *grid), (*S, B)."""
+        return label_mixture_log_prob(*self._arguments(scan))
+
+    def expected_log_prob(self, scan: Tensor) -> Tensor:
+        """Σ_j o_j Σ_m f_jm log p(x_j | m), Jensen's lower bound of `log_prob`, (*S, B)."""
+        return label_mixture_expected_log_prob(*self._arguments(scan))
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        """Simulated scans, (*sample_shape, *S, B, C, *grid); unobserved voxels are 0."""
+        logits = (self.scores + self.log_location_prior).movedim(-2, -1)  # (*S, B, J, M)
+        labels = torch.distributions.Categorical(logits=logits).sample(sample_shape)
+        scan = sample_intensities(labels, self.theta, self.intensity)
+        scan = torch.where(self.observed, scan, 0.0)
+        return scan.unflatten(-1, self.grid)
+
+
+def sample_intensities(labels: Tensor, theta: IntensityParameters, intensity: IntensityModel) -> Tensor:
+    """x ~ p(x | s) for label positions (..., B, J), as (..., B, C, J)."""
+    batch, voxels = labels.shape[-2:]
+    log_weight = theta.log_weight.unsqueeze(-1).expand(batch, -1, voxels).clone()
+    if theta.background_log_weight is not None:
+        log_weight[:, : intensity.components[0]] = theta.background_log_weight
+    of_class = torch.full((len(intensity.components), intensity.num_components), -float("inf"), dtype=log_weight.dtype)
+    of_class = of_class.to(log_weight.device)
+    of_class[intensity.class_of_component, torch.arange(intensity.num_components, device=of_class.device)] = 0.0
+    classes = intensity.class_of_label[labels]  # (..., B, J)
+    logits = log_weight.movedim(1, -1) + of_class[classes]
+    component = torch.distributions.Categorical(logits=logits).sample()
+    rows = torch.arange(batch, device=labels.device)[:, None] if theta.mean.shape[0] > 1 else 0
+    mean, sd = theta.mean[rows, component], theta.sd[rows, component]
+    return (mean + sd * torch.randn_like(mean)).movedim(-1, -2)

@@ -1,0 +1,128 @@
+"""p(z) p(s | z): a decoder plus the location prior, and the stage-1 program that learns it from label maps."""
+
+from __future__ import annotations
+
+import pyro
+import torch
+from pyro import distributions as dist
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .label_field import LabelField
+
+
+class ShapePrior(nn.Module):
+    """f_j(z) = softmax_m(decoder(z)_jm + log p_loc,jm), with p(z) = N(0, I).
+
+    Args:
+        location_prior: p_loc, (M, *grid), positive.
+        decoder: z (..., D) → scores (..., M, *grid).
+        latent_dim: D.
+
+    Raises:
+        ValueError: p_loc not positive everywhere.
+    """
+
+    log_location_prior: Tensor
+
+    def __init__(self, location_prior: Tensor, decoder: nn.Module, latent_dim: int) -> None:
+        super().__init__()
+        if not location_prior.is_meta and not bool((location_prior > 0).all()):
+            raise ValueError("the location prior must be positive everywhere: give it a floor")
+        self.register_buffer("log_location_prior", location_prior.log())
+        self.decoder = decoder
+        self.latent_dim = latent_dim
+
+    @property
+    def num_labels(self) -> int:
+        """M."""
+        return self.log_location_prior.shape[0]
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Shape of the prior's grid."""
+        return tuple(self.log_location_prior.shape[1:])
+
+    def prior(self) -> dist.Distribution:
+        """p(z) of one scan: N(0, I) with event shape (D,)."""
+        zero = self.log_location_prior.new_zeros(self.latent_dim)
+        return dist.Normal(zero, torch.ones_like(zero)).to_event(1)
+
+    def label_scores(self, z: Tensor) -> Tensor:
+        """Decoder output, (..., M, *grid)."""
+        scores: Tensor = self.decoder(z)
+        return scores
+
+    def label_logits(self, z: Tensor) -> Tensor:
+        """a = scores + log p_loc, (..., M, *grid)."""
+        return self.label_scores(z) + self.log_location_prior
+
+    def log_label_probs(self, z: Tensor) -> Tensor:
+        """log f, (..., M, *grid)."""
+        return self.label_logits(z).log_softmax(-1 - len(self.grid))
+
+
+class ShapeModel(PyroModule):
+    """The stage-1 program: sites `z` and `labels`, plate `scans`."""
+
+    max_plate_nesting = 1
+
+    def __init__(self, shape_prior: ShapePrior) -> None:
+        super().__init__()
+        self.shape_prior = shape_prior
+
+    def forward(self, labels: Tensor | None = None, observed: Tensor | None = None, num_scans: int = 1) -> Tensor:
+        """Run the program; without labels it simulates label maps.
+
+        Args:
+            labels: label positions, (B, *grid), or None.
+            observed: bool, (B, 1, *grid); None observes everything.
+            num_scans: B, where neither is given.
+
+        Returns:
+            Label positions, (B, *grid).
+        """
+        shape = self.shape_prior
+        batch = labels.shape[0] if labels is not None else observed.shape[0] if observed is not None else num_scans
+        if observed is None:
+            observed = torch.ones((batch, 1, *shape.grid), dtype=torch.bool, device=shape.log_location_prior.device)
+        with pyro.plate("scans", batch, dim=-1):
+            z = pyro.sample("z", shape.prior())
+            drawn: Tensor = pyro.sample("labels", LabelField(shape.label_logits(z), observed), obs=labels)
+        return drawn
+
+
+def location_prior(labels: Tensor, observed: Tensor, num_labels: int, blur: float = 1.0, floor: float = 1e-3) -> Tensor:
+    """Smoothed voxel-wise label frequency over training label maps, (M, *grid).
+
+    Args:
+        labels: label positions, (n, *grid). observed: bool, (n, 1, *grid).
+        num_labels: M. blur: sd of the Gaussian, voxels. floor: mass given to all labels alike; > 0.
+    """
+    dims = labels.dim() - 1
+    seen = observed[:, 0]
+    counts = torch.stack([((labels == m) & seen).sum(0).float() for m in range(num_labels)])
+    counts[0] += 0.5  # voxels that no map observes are background
+    blurred = gaussian_blur(counts.unsqueeze(0), blur)[0]
+    frequency = blurred / blurred.sum(0, keepdim=True)
+    assert frequency.dim() == dims + 1
+    return (1 - floor) * frequency + floor / num_labels
+
+
+def gaussian_blur(volume: Tensor, sd: float) -> Tensor:
+    """Separable Gaussian blur of (B, C, *grid), sd in voxels, edges replicated; axes of length 1 are left as they are."""
+    if sd <= 0:
+        return volume
+    radius = max(1, int(3 * sd + 0.5))
+    offsets = torch.arange(-radius, radius + 1, dtype=volume.dtype, device=volume.device)
+    kernel = torch.exp(-0.5 * (offsets / sd) ** 2)
+    kernel = kernel / kernel.sum()
+    for axis in range(2, volume.dim()):
+        if volume.shape[axis] == 1:
+            continue
+        moved = volume.movedim(axis, -1)
+        lines = moved.reshape(-1, 1, moved.shape[-1])
+        padded = functional.pad(lines, (radius, radius), mode="replicate")
+        volume = functional.conv1d(padded, kernel.view(1, 1, -1)).view(moved.shape).movedim(-1, axis)
+    return volume

@@ -1,0 +1,121 @@
+"""Label maps deformed at random: a prior is learned from tens of maps, which small deformations make many."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+LABELS_AT_A_TIME = 8  # one-hot maps held in memory
+
+
+@dataclass(frozen=True)
+class Deformation:
+    """How much label maps are deformed; standard deviations, voxels of the grid where not said otherwise."""
+
+    rotation: float = 4.0  # degrees, in each plane
+    scale: float = 0.05  # of the logarithm, along each axis
+    shear: float = 0.03  # off-diagonal elements
+    translation: float = 1.0
+    elastic: float = 0.8
+    elastic_spacing: float = 10.0  # between the control points of the elastic displacement
+
+
+def deform(
+    labels: torch.Tensor,
+    observed: torch.Tensor,
+    generator: torch.Generator,
+    deformation: Deformation | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each label map of a batch under its own random affine map and smooth displacement: (labels, observed).
+
+    `labels` (B, *grid) integer, `observed` (B, 1, *grid) bool, 2-D or 3-D; same shapes and types out. A
+    voxel gets the label with the largest weight when one-hot maps are interpolated linearly, which keeps
+    borders smooth. Voxels that come from beyond the grid, or mostly from unobserved ones, are label 0,
+    unobserved. Deterministic given `generator`, whose device need not be the labels'.
+    """
+    deformation = deformation or Deformation()
+    batch, *grid = labels.shape
+    active = [size for size in grid if size > 1]  # an axis of one voxel stays as it is
+    if len(active) < 2:
+        raise ValueError(f"expected a grid with two or three axes of more than one voxel, got {grid}")
+    places = _random_positions(batch, active, generator, deformation).to(labels.device)
+    sizes = torch.tensor(active, device=labels.device)
+    places = (2 * places / (sizes - 1) - 1).flip(-1).reshape(batch, *active, len(active))  # for grid_sample
+    shaped = labels.reshape(batch, 1, *active)
+    known = observed.reshape(batch, 1, *active)
+    seen = _interpolate(known, places) >= 0.5
+    best = torch.zeros_like(seen, dtype=torch.float32)
+    winner = torch.zeros_like(shaped)
+    for first in range(0, int(labels.max()) + 1, LABELS_AT_A_TIME):
+        some = torch.arange(first, first + LABELS_AT_A_TIME, device=labels.device, dtype=labels.dtype)
+        some = some.reshape(1, -1, *[1] * len(active))
+        weight, which = _interpolate((shaped == some) & known, places).max(dim=1, keepdim=True)
+        better = weight > best
+        best = torch.where(better, weight, best)
+        winner = torch.where(better, (which + first).to(labels.dtype), winner)
+    winner = torch.where(seen, winner, 0)
+    return winner.reshape(labels.shape), seen.reshape(observed.shape)
+
+
+def _interpolate(masks: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    return F.grid_sample(masks.float(), places, mode="bilinear", padding_mode="zeros", align_corners=True)
+
+
+def _random_positions(
+    batch: int, grid: Sequence[int], generator: torch.Generator, deformation: Deformation
+) -> torch.Tensor:
+    """(B, J, d) where in the original each voxel's label is looked up (voxels)."""
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=generator.device)
+
+    d = len(grid)
+    linear = torch.eye(d, device=generator.device).repeat(batch, 1, 1)
+    for i, j in itertools.combinations(range(d), 2):
+        angle = math.radians(deformation.rotation) * normal(batch)
+        plane = torch.eye(d, device=generator.device).repeat(batch, 1, 1)
+        plane[:, i, i] = plane[:, j, j] = angle.cos()
+        plane[:, i, j], plane[:, j, i] = -angle.sin(), angle.sin()
+        linear = linear @ plane
+    linear = linear @ torch.diag_embed((deformation.scale * normal(batch, d)).exp())
+    linear = linear @ (
+        torch.eye(d, device=generator.device) + deformation.shear * normal(batch, d, d).tril(-1)
+    )
+    centre = (torch.tensor(grid, device=generator.device) - 1) / 2
+    axes = [torch.arange(n, device=generator.device) - c for n, c in zip(grid, centre, strict=True)]
+    around = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, d)
+    shift = deformation.translation * normal(batch, 1, d)
+    moved = around @ linear.transpose(1, 2) + centre + shift
+    return moved + _smooth_field(batch, grid, normal, deformation).reshape(batch, -1, d)
+
+
+def _smooth_field(
+    batch: int, grid: Sequence[int], normal: Callable[..., torch.Tensor], deformation: Deformation
+) -> torch.Tensor:
+    """(B, *grid, d) random displacement: cubic B-splines over a coarse lattice of normal control points."""
+    bases = [_spline_basis(n, deformation.elastic_spacing) for n in grid]
+    field = deformation.elastic * normal(batch, *(basis.shape[1] for basis in bases), len(grid))
+    for basis in bases:
+        # contracts the first lattice axis and puts the grid axis behind the others
+        field = torch.tensordot(field, basis.to(field.device), dims=([1], [1]))
+    d = len(grid)
+    return field.permute(0, *range(2, 2 + d), 1)
+
+
+def _spline_basis(size: int, spacing: float) -> torch.Tensor:
+    """(size, control points) weights of a cubic B-spline, scaled to keep the variance of control points."""
+    points = max(2, math.ceil((size - 1) / spacing) + 1)
+    step = (size - 1) / (points - 1)
+    place = torch.arange(size, dtype=torch.float64)[:, None] / step
+    distance = (place - torch.arange(-1, points + 1, dtype=torch.float64)[None]).abs()
+    weights = torch.where(
+        distance < 1,
+        2 / 3 - distance**2 + distance**3 / 2,
+        (2 - distance).clamp(min=0) ** 3 / 6,
+    )
+    return (weights / (weights**2).sum(1).mean().sqrt()).float()

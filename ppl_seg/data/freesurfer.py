@@ -1,0 +1,70 @@
+"""FreeSurfer's structures: values, names, colours, and which of them share their intensities."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+
+# Structures that look alike in every contrast get one class, left and right always. Longest stem first, so
+# that "inf-lat-vent" is not taken for something shorter; a name that starts with a stem counts too
+# ("Hippocampus-CA1").
+_CLASS_OF_STEM = {
+    "cerebral-white-matter": "white-matter",
+    "corpus-callosum": "white-matter",
+    "wm-lh": "white-matter",
+    "wm-rh": "white-matter",
+    "cc": "white-matter",
+    "cerebral-cortex": "cortex",
+    "ctx": "cortex",
+    "lateral-ventricle": "csf",
+    "lateral-ventricles": "csf",
+    "inf-lat-vent": "csf",
+    "3rd-ventricle": "csf",
+    "4th-ventricle": "csf",
+    "5th-ventricle": "csf",
+    "csf": "csf",
+    "cerebellum-white-matter": "cerebellum-white-matter",
+    "cerebellum-cortex": "cerebellum-cortex",
+    "vermis": "cerebellum-cortex",
+    "thalamus": "thalamus",
+    "caudate": "caudate",
+    "putamen": "putamen",
+    "pallidum": "pallidum",
+    "hippocampus": "hippocampus-amygdala",
+    "amygdala": "hippocampus-amygdala",
+    "accumbens": "accumbens",
+    "ventraldc": "ventral-dc",
+    "brain-stem": "brain-stem",
+    "optic-chiasm": "optic-chiasm",
+    "choroid-plexus": "choroid-plexus",
+    "vessel": "vessel",
+    "wm-hypointensities": "wm-hypointensities",
+    "non-wm-hypointensities": "non-wm-hypointensities",
+}
+_STEMS = sorted(_CLASS_OF_STEM, key=len, reverse=True)
+_SIDES = ("left-", "right-")
+
+
+def class_of_name(name: str) -> str | None:
+    """The built-in intensity class of a structure by its name, any case; None where the name is foreign."""
+    plain = "-".join(name.lower().replace("_", " ").replace("-", " ").split())
+    for side in _SIDES:
+        plain = plain.removeprefix(side)
+    for stem in _STEMS:
+        if plain == stem or plain.startswith(stem + "-"):
+            return _CLASS_OF_STEM[stem]
+    return None
+
+
+@cache
+def structures() -> dict[int, tuple[str, tuple[int, int, int]]]:
+    """Name and colour of the values of `aseg`, from FreeSurfer's colour table."""
+    text = files(__package__).joinpath("freesurfer.txt").read_text(encoding="utf-8")
+    rows = [line.split() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    return {int(i): (name, (int(r), int(g), int(b))) for i, name, r, g, b, _ in rows}
+
+
+@cache
+def colors_by_name() -> dict[str, tuple[int, int, int]]:
+    """Colour of a structure by its name in lower case."""
+    return {name.lower(): color for name, color in structures().values()}

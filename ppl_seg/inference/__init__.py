@@ -1,0 +1,1 @@
+"""Inference: objectives, expectation maximisation, the trainer, checkpoints and the model directory."""

@@ -1,0 +1,142 @@
+"""The expectation–maximisation side of stage 2: θ per scan, and the background weight maps that all scans share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..models.intensity import IntensityModel, IntensityParameters, PseudoCounts
+from ..models.segmentation import SegmentationModel
+from ..models.shape_prior import gaussian_blur
+
+Factor = Literal["prior", "posterior"]
+
+
+@dataclass(frozen=True)
+class MapOptions:
+    """How the background's weight maps are learned.
+
+    blur: sd of the Gaussian, voxels of the prior's grid. pseudo_count: how many scans' worth of the global mean is added.
+    """
+
+    blur: float = 1.5
+    pseudo_count: float = 0.1
+
+
+def flatten(scan: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, C, *grid) → (B, C, J), with the mask for every channel and unobserved intensities 0."""
+    seen = observed.expand_as(scan).flatten(2)
+    return torch.where(seen, scan.flatten(2), 0.0), seen
+
+
+def label_responsibilities(
+    model: SegmentationModel, z: Tensor, scan: Tensor, observed: Tensor, theta: IntensityParameters, factor: Factor = "posterior"
+) -> Tensor:
+    """Responsibilities averaged over draws of z, detached, (B, M, J): r (`posterior`) or f (`prior`).
+
+    Args:
+        model: the program. z: draws, (S, B, D). scan, observed: (B, C, *grid). theta: at the old values.
+    """
+    flat, seen = flatten(scan, observed)
+    dims = len(model.shape_prior.grid)
+    with torch.no_grad():
+        log_likelihood = 0.0 if factor == "prior" else model.intensity.label_log_prob(flat, seen, theta)
+        total: Tensor | None = None
+        for draw in z:
+            logits = model.shape_prior.label_logits(draw).flatten(-dims)
+            r = (logits + log_likelihood).softmax(-2)
+            total = r if total is None else total.add_(r)
+        assert total is not None
+        return total / len(z)
+
+
+def update_theta(
+    model: SegmentationModel,
+    z: Tensor,
+    scan: Tensor,
+    observed: Tensor,
+    theta: IntensityParameters,
+    factor: Factor = "posterior",
+    pseudo: PseudoCounts | None = None,
+) -> tuple[IntensityParameters, Tensor]:
+    """One E- and M-step of θ at fixed maps; arguments as `label_responsibilities`.
+
+    Returns:
+        The new θ, and the observed background responsibilities by component summed over scans, (K0, J), for
+        `background_maps`.
+    """
+    power, background = model.likelihood_power, torch.zeros(())
+    updated = []
+    with torch.no_grad():
+        for b in range(scan.shape[0]):  # one scan at a time stays in cache
+            one = slice(b, b + 1)
+            seen_by = observed[one]
+            old = theta.select(one) if theta.mean.shape[0] > 1 else theta
+            flat, seen = flatten(scan[one], seen_by)
+            of_label = label_responsibilities(model, z[:, one], scan[one], seen_by, old, factor)
+            of_component = model.intensity.component_responsibilities(of_label, flat, seen, old)
+            updated.append(model.intensity.m_step(of_component, flat, seen, old, pseudo, power))
+            background = background + (of_component[0, : model.intensity.components[0]] * seen.any(1))
+    new = IntensityParameters(
+        torch.cat([u.mean for u in updated]),
+        torch.cat([u.sd for u in updated]),
+        torch.cat([u.log_weight for u in updated]),
+        theta.background_log_weight,
+    )
+    return new, background
+
+
+def background_maps(statistics: Tensor, grid: tuple[int, ...], options: MapOptions) -> Tensor:
+    """Log weight maps from observed background responsibilities by component, both (K0, J).
+
+    w_k(j) ∝ (G ∗ R_k)(j) + pseudo_count · mean_j R_k / Σ_k mean_j R_k: approximate EM; the blur is what keeps maps of one scan
+    from collapsing to one-hot.
+    """
+    blurred = gaussian_blur(statistics.view(1, -1, *grid), options.blur).flatten(2)[0]
+    share = statistics.sum(1, keepdim=True)
+    share = share / share.sum().clamp(min=torch.finfo(share.dtype).tiny)
+    weights = blurred + options.pseudo_count * share + 1e-6
+    return (weights / weights.sum(0, keepdim=True)).log()
+
+
+def initial_theta(intensity: IntensityModel, location_prior: Tensor, scan: Tensor, observed: Tensor) -> IntensityParameters:
+    """Where EM starts: each class' moments under p_loc; components of a class spread over its quantiles, in rising order.
+
+    Args:
+        location_prior: p_loc, (M, *grid). scan, observed: (B, C, *grid).
+    """
+    flat, seen = flatten(scan, observed)
+    weights = intensity.class_sums(location_prior.flatten(1).unsqueeze(0).to(flat.dtype))[0]  # (N, J)
+    means, sds, log_weights = [], [], []
+    for n, k in enumerate(intensity.components):
+        w = weights[n] * seen  # (B, C, J)
+        total = w.sum(-1).clamp(min=1e-6)
+        mean = (w * flat).sum(-1) / total
+        sd = ((w * (flat - mean[..., None]).square()).sum(-1) / total).sqrt().clamp(min=0.02)
+        steps = torch.linspace(-1.5, 1.5, k, dtype=flat.dtype, device=flat.device) if k > 1 else flat.new_zeros(1)
+        means.append(mean[:, None] + steps[None, :, None] * sd[:, None])
+        sds.append((sd / k**0.5)[:, None].expand(-1, k, -1))
+        log_weights.append(flat.new_full((flat.shape[0], k), 1.0 / k).log())
+    return IntensityParameters(torch.cat(means, 1), torch.cat(sds, 1), torch.cat(log_weights, 1))
+
+
+def expectation_maximisation(
+    model: SegmentationModel,
+    scan: Tensor,
+    observed: Tensor,
+    theta: IntensityParameters,
+    z: Tensor,
+    iterations: int,
+    factor: Factor = "posterior",
+    pseudo: PseudoCounts | None = None,
+    maps: MapOptions | None = None,
+) -> IntensityParameters:
+    """EM of θ, and of the maps where options are given, at fixed draws of z (S, B, D)."""
+    for _ in range(iterations):
+        theta, statistics = update_theta(model, z, scan, observed, theta, factor, pseudo)
+        if maps is not None:
+            theta = theta.with_maps(background_maps(statistics, model.shape_prior.grid, maps))
+    return theta

@@ -1,0 +1,188 @@
+"""The model directory: config.json, weights.safetensors and what else belongs to a model.
+
+config.json holds the format version, the caller's configuration and the SHA-256 of every other file. All
+files are written under temporary names and renamed, config.json last, so that a reader never sees half a file
+and a directory with a config.json is complete. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ppl_seg.errors import InputError
+
+FORMAT_VERSION = 1
+CONFIG = "config.json"
+WEIGHTS = "weights.safetensors"
+_RESERVED = {"format_version", "sha256"}
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+def save_model(
+    directory: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    files: Mapping[str, bytes | str] | None = None,
+) -> None:
+    """Write a model directory; files of the same names are replaced, others are left alone.
+
+    `config` is JSON-able (no NaN), `tensors` go to weights.safetensors (any device and memory format; they
+    come back contiguous, on the CPU), `files` are further files by plain name (training.csv, report.json,
+    figures). Raises ValueError for a name with a path in it and for a config that uses the keys of the format
+    itself.
+    """
+    if clash := _RESERVED & config.keys():
+        raise ValueError(f"config keys {sorted(clash)} are the format's own")
+    contents: dict[str, bytes] = {WEIGHTS: tensor_bytes(tensors)}
+    for name, content in (files or {}).items():
+        if not _PLAIN_NAME.fullmatch(name) or name in (CONFIG, WEIGHTS):
+            raise ValueError(f"{name!r} can't be a file of a model: a plain file name expected")
+        contents[name] = content.encode() if isinstance(content, str) else content
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    head = {"format_version": FORMAT_VERSION, **config, "sha256": hashes}
+    contents[CONFIG] = (json.dumps(head, indent=1, allow_nan=False) + "\n").encode()
+
+    folder = Path(directory)
+    make_folder(folder)
+    with contextlib.ExitStack() as stack:  # every file is on the disk before the first one gets its name
+        temporary = {name: stack.enter_context(_temporary_file(folder, contents[name])) for name in contents}
+        for name, path in temporary.items():
+            os.replace(path, folder / name)
+
+
+def load_model_files(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read and verify a model directory: (config as it was saved, tensors on the CPU).
+
+    Raises InputError, naming the file, where one is missing, altered or of another format version.
+    """
+    folder = Path(directory)
+    config = _read_config(folder)
+    for name, expected in config["sha256"].items():
+        if not _PLAIN_NAME.fullmatch(name):
+            raise InputError(
+                f"{folder / CONFIG}: {name!r} is not a plain file name; this file was not written by ppl_seg"
+            )
+        _verify(folder / name, expected)
+    try:
+        tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    except safetensors.SafetensorError as error:
+        raise InputError(
+            f"{folder / WEIGHTS}: not a safetensors file ({error}); train the model again"
+        ) from error
+    return {key: value for key, value in config.items() if key not in _RESERVED}, tensors
+
+
+def model_hash(directory: str | os.PathLike[str]) -> str:
+    """SHA-256 (hex) of what the model computes: its configuration and weights, not its logs and figures.
+
+    The weights' own hash is taken from config.json; `load_model_files` is what verifies it.
+    """
+    config = _read_config(Path(directory))
+    weights = config.pop("sha256")[WEIGHTS]
+    return hashlib.sha256(json.dumps([config, weights], sort_keys=True).encode()).hexdigest()
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """The safetensors form of `tensors`; copies, because shared and channels_last memory is refused there."""
+    own = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    return safetensors.torch.save(own)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `content` under a temporary name beside `path`, then rename."""
+    with _temporary_file(path.parent, content) as temporary:
+        os.replace(temporary, path)
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` and its parents where they are missing; InputError where that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cannot make the folder {folder}: {error.strerror}; choose another --out"
+        ) from error
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file's content."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _temporary_file(folder: Path, content: bytes) -> Iterator[Path]:
+    """A complete temporary file with `content` in `folder`; removed at the end where nobody renamed it."""
+    path: Path | None = None
+    try:
+        handle, name = tempfile.mkstemp(prefix=".tmp-", dir=folder)
+        path = Path(name)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        path.chmod(0o666 & ~_umask())  # mkstemp's 0600 would hide the model from a group that shares it
+        yield path
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {folder}: {error.strerror}; make room there or choose another --out"
+        ) from error
+    finally:
+        if path is not None:
+            path.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder}: no such folder; a model directory (made by `ppl-seg prior` or `fit`) expected"
+        )
+    if not path.is_file():
+        raise InputError(f"{path}: missing; {folder} is no model directory, or its training was not finished")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        version, hashes = config["format_version"], config["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: not the configuration of a ppl_seg model; train the model again"
+        ) from error
+    if version != FORMAT_VERSION:
+        raise InputError(
+            f"{path}: format version {version} found, {FORMAT_VERSION} expected; use the ppl_seg that "
+            "made the model, or train it again"
+        )
+    if not isinstance(hashes, dict) or WEIGHTS not in hashes:
+        raise InputError(f"{path}: no checksum of {WEIGHTS}; train the model again")
+    return dict(config)
+
+
+def _verify(path: Path, expected: str) -> None:
+    if not path.is_file():
+        raise InputError(f"{path}: missing, though {CONFIG} lists it; copy the whole model directory")
+    if file_sha256(path) != expected:
+        raise InputError(
+            f"{path}: altered since the model was saved (SHA-256 differs); copy it again or train again"
+        )

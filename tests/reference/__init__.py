@@ -1,0 +1,1 @@
+"""Slow, obviously right versions of the equations, and tiny problems to compare them on."""

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from ppl_seg.errors import InputError
+from ppl_seg.results.metrics import (
+    bootstrap_interval,
+    evaluate_pair,
+    paired_difference_interval,
+    read_groups,
+    structures_of_table,
+    summary_rows,
+    surface_distances,
+)
+from tests.reference.surfaces import average_distance, hd95
+
+ONE = {"a": (1,)}
+
+
+def cube(start: int, shape: tuple[int, ...] = (12, 12, 12), side: int = 4) -> np.ndarray:
+    mask = np.zeros(shape, int)
+    mask[start : start + side, 3 : 3 + side, 3 : 3 + side] = 1
+    return mask
+
+
+def blob(seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    noise = np.random.default_rng(seed).normal(size=shape)
+    smooth = ndimage.gaussian_filter(noise, 1.5)
+    return smooth > np.quantile(smooth, 0.7)
+
+
+def test_a_cube_shifted_by_one_voxel():
+    (row,) = evaluate_pair(cube(3), cube(4), (2.0, 1.0, 1.0), ONE)
+    assert row["dice"] == pytest.approx(0.75)  # three of four layers are shared
+    assert row["hd95_mm"] == pytest.approx(2.0)
+    assert (row["volume_mm3"], row["truth_volume_mm3"], row["missed"]) == (128.0, 128.0, 0)
+
+
+def test_two_points_are_as_far_as_they_are():
+    first, second = np.zeros((8, 8, 8), int), np.zeros((8, 8, 8), int)
+    first[1, 1, 1] = second[4, 1, 5] = 1
+    (row,) = evaluate_pair(first, second, (1.0, 2.0, 1.0), ONE)
+    assert (row["dice"], row["hd95_mm"], row["asd_mm"]) == (0.0, 5.0, 5.0)
+    assert row["missed"] == 0
+
+
+def test_equal_maps_have_no_distance():
+    (row,) = evaluate_pair(cube(3), cube(3), (1.0, 1.0, 1.0), ONE)
+    assert (row["dice"], row["hd95_mm"], row["asd_mm"]) == (1.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("shape", [(14, 9, 11), (20, 16)])
+def test_distances_are_those_of_scipy(seed: int, shape: tuple[int, ...]):
+    spacing = (0.7, 1.3, 2.1)[: len(shape)]
+    first, second = blob(seed, shape), blob(seed + 100, shape)  # they reach the border of the array
+    found = surface_distances(first, second, spacing)
+    expected = hd95(first, second, spacing), average_distance(first, second, spacing)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_single_slice_is_scored_in_two_dimensions():
+    first, second = blob(0, (20, 16)), blob(1, (20, 16))
+    found = surface_distances(first[:, None], second[:, None], (1.0, 9.0, 2.0))
+    assert found == pytest.approx(surface_distances(first, second, (1.0, 2.0)))
+    assert found[0] == pytest.approx(hd95(first, second, (1.0, 2.0)), rel=1e-5)
+
+
+def test_absent_structures():
+    empty = np.zeros((12, 12, 12), int)
+    (both,) = evaluate_pair(empty, empty, (1.0, 1.0, 1.0), ONE)
+    assert np.isnan([both["dice"], both["hd95_mm"], both["asd_mm"]]).all()
+    assert (both["volume_mm3"], both["missed"]) == (0.0, 0)
+    for pair in ((empty, cube(3)), (cube(3), empty)):
+        (row,) = evaluate_pair(*pair, (1.0, 1.0, 1.0), ONE)
+        assert (row["dice"], row["missed"]) == (0.0, 1)
+        assert np.isnan([row["hd95_mm"], row["asd_mm"]]).all()
+
+
+def test_values_of_a_group_are_one_structure():
+    truth = cube(3)
+    parts = truth.copy()
+    parts[5:][parts[5:] == 1] = 2
+    (row,) = evaluate_pair(parts, np.where(truth, 2, 0), (1.0, 1.0, 1.0), {"both": (1, 2)})
+    assert row["dice"] == 1.0
+
+
+def test_different_shapes_are_refused():
+    with pytest.raises(ValueError, match="one shape"):
+        evaluate_pair(np.zeros((2, 2, 2)), np.zeros((2, 2, 3)), (1.0, 1.0, 1.0), ONE)
+
+
+def test_group_tables(tmp_path, make_segmentation):
+    path = tmp_path / "groups.tsv"
+    path.write_bytes(b"\xef\xbb\xbfindex\tgroup\r\n17\tHippocampus\r\n3\tCortex\r\n53\tHippocampus\r\n")
+    assert read_groups(path) == {"Hippocampus": (17, 53), "Cortex": (3,)}
+    path.write_text("index\tgroup\n17\tA\n17\tB\n")
+    with pytest.raises(InputError, match="line 3: index 17 is in A and in B"):
+        read_groups(path)
+    path.write_text("index\tname\n17\tA\n")
+    with pytest.raises(InputError, match="expected the columns index, group"):
+        read_groups(path)
+    path.write_text("index\tgroup\nx\tA\n")
+    with pytest.raises(InputError, match="line 2: expected an integer"):
+        read_groups(path)
+    with pytest.raises(InputError, match="cannot read"):
+        read_groups(tmp_path / "none.tsv")
+    table = make_segmentation().table
+    assert structures_of_table(table) == {"Left-Hippocampus": (17,), "Right-Hippocampus": (53,)}
+
+
+def test_the_bootstrap_resamples_persons():
+    values = np.repeat([0.2, 0.8], 50)
+    by_scan = bootstrap_interval(values, [str(n) for n in range(100)])
+    by_person = bootstrap_interval(values, ["a"] * 50 + ["b"] * 50)
+    assert by_scan.mean == by_person.mean == pytest.approx(0.5)
+    assert by_scan.high - by_scan.low < 0.15
+    assert (by_person.low, by_person.high) == pytest.approx((0.2, 0.8))
+
+
+def test_the_bootstrap_of_many_persons_is_the_normal_interval():
+    values = np.random.default_rng(1).normal(0.7, 0.1, 400)
+    interval = bootstrap_interval(values, [str(n) for n in range(400)], num=4000)
+    half = 1.96 * values.std() / 20
+    assert (interval.low, interval.high) == pytest.approx(
+        (values.mean() - half, values.mean() + half), abs=2e-3
+    )
+
+
+def test_the_bootstrap_leaves_out_what_is_missing():
+    interval = bootstrap_interval([np.nan, 0.5, 0.5], ["a", "b", "c"])
+    assert interval == pytest.approx((0.5, 0.5, 0.5))
+    assert np.isnan(bootstrap_interval([np.nan], ["a"])).all()
+    with pytest.raises(ValueError, match="a person for each"):
+        bootstrap_interval([0.1, 0.2], ["a"])
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.integers(0, 3))
+def test_intervals_are_reproducible_and_hold_a_mean_of_values(values: list[float], seed: int):
+    persons = [str(n // 2) for n in range(len(values))]
+    interval = bootstrap_interval(values, persons, seed, num=200)
+    assert interval == bootstrap_interval(values, persons, seed, num=200)
+    assert min(values) - 1e-9 <= interval.low <= interval.high <= max(values) + 1e-9
+
+
+def test_paired_differences_are_tighter_than_their_parts():
+    random = np.random.default_rng(0)
+    base = random.normal(0.6, 0.2, 60)
+    better = base + 0.02 + random.normal(0, 0.01, 60)
+    persons = [str(n // 2) for n in range(60)]
+    difference = paired_difference_interval(better, base, persons)
+    assert 0.01 < difference.low < difference.mean < difference.high < 0.03
+    better[0] = np.nan
+    assert np.isfinite(paired_difference_interval(better, base, persons)).all()
+
+
+def test_summary():
+    rows = []
+    for scan, dice in (("sub-1_run-1", 0.5), ("sub-1_run-2", 0.7), ("sub-2", np.nan)):
+        for structure, shift in (("a", 0.0), ("b", 0.1)):
+            missed = int(structure == "b" and scan == "sub-2")
+            cells = {
+                "dice": 0.0 if missed else dice + shift,
+                "hd95_mm": np.nan,
+                "asd_mm": 1.0,
+                "missed": missed,
+            }
+            rows.append({"scan": scan, "structure": structure, **cells})
+    a, b, mean = summary_rows(rows, person_of=lambda scan: scan.split("_")[0])
+    assert (a["structure"], a["scans"], a["dice"], a["missed"]) == ("a", 2, pytest.approx(0.6), 0)
+    assert (b["scans"], b["dice"], b["missed"]) == (3, pytest.approx(1.4 / 3), 1)
+    assert mean["structure"] == "mean" and mean["dice"] == pytest.approx((0.55 + 0.75 + 0.0) / 3)
+    assert np.isnan(a["hd95_mm"]) and a["asd_mm"] == a["asd_mm_low"] == 1.0 and mean["missed"] == 1

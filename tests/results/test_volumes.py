@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ppl_seg.data.labels import LabelTable, make_entry
+from ppl_seg.results.volumes import BRAIN_COLUMN, border_flags, label_quality, volume_rows, wide_rows
+
+TABLE = LabelTable(tuple(make_entry(value, f"label-{value}") for value in (3, 8)))
+
+
+def test_volumes_are_voxel_counts_times_the_determinant(make_segmentation):
+    first, second = volume_rows(make_segmentation())
+    assert first["structure"] == "Left-Hippocampus" and first["scan"] == "sub-01_T1w.nii.gz"
+    assert first["volume_mm3"] == pytest.approx(24 * 3.0) and second["volume_mm3"] == pytest.approx(3.0)
+    assert (first["q05"], first["q50"], first["q95"]) == pytest.approx((5.0, 50.0, 95.0))
+    assert first["draws"] == 5
+    assert (first["touches_border"], second["touches_border"]) == (False, True)
+    assert (first["quality"], second["quality"]) == (0.8, None)
+
+
+def test_a_sheared_affine_keeps_its_determinant(make_segmentation):
+    seg = make_segmentation()
+    affine = seg.image.affine.copy()
+    affine[0, 1] = 5.0  # shear: spacing changes, volume does not
+    rows = volume_rows(replace(seg, image=replace(seg.image, affine=affine)))
+    assert rows[0]["volume_mm3"] == pytest.approx(72.0)
+
+
+def test_no_draws_give_no_quantiles(make_segmentation):
+    seg = make_segmentation(draws=0)
+    assert np.isnan(volume_rows(seg)[0]["q50"])
+
+
+def test_the_property_gives_the_rows(make_segmentation):
+    seg = make_segmentation()
+    assert seg.volumes == volume_rows(seg)
+
+
+def test_wide_rows_sum_the_brain(make_segmentation):
+    rows = [*volume_rows(make_segmentation(), "a"), *volume_rows(make_segmentation(), "b")]
+    wide = wide_rows(rows)
+    assert [row["scan"] for row in wide] == ["a", "b"]
+    assert wide[0][BRAIN_COLUMN] == pytest.approx(75.0)
+    assert wide[0]["Left-Hippocampus"] == pytest.approx(72.0)
+
+
+def test_a_structure_in_the_middle_touches_no_border():
+    label_map = np.zeros((5, 5, 5), int)
+    label_map[1:4, 1:4, 1:4] = 3
+    assert border_flags(label_map, TABLE).tolist() == [True, False, False]
+    label_map[2, 2, 4] = 8
+    assert border_flags(label_map, TABLE).tolist() == [True, False, True]
+
+
+def test_the_field_of_view_is_a_border():
+    label_map = np.zeros((7, 7, 7), int)
+    label_map[2:4, 3, 3] = 3
+    field_of_view = np.zeros((7, 7, 7), bool)
+    field_of_view[1:6, 1:6, 1:6] = True
+    assert not border_flags(label_map, TABLE, field_of_view)[1]
+    field_of_view[:2] = False
+    assert border_flags(label_map, TABLE, field_of_view)[1]
+
+
+def test_a_single_slice_has_no_border_across():
+    label_map = np.zeros((5, 5, 1), int)
+    label_map[2, 2, 0] = 3
+    assert not border_flags(label_map, TABLE)[1]
+
+
+def test_quality_is_the_mean_probability_of_the_given_label():
+    probabilities = np.array([[0.9, 0.2, 0.4], [0.1, 0.8, 0.6], [0.0, 0.0, 0.0]])
+    quality = label_quality(np.array([0, 1, 1]), probabilities)
+    assert quality[:2] == pytest.approx([0.9, 0.7]) and np.isnan(quality[2])
+
+
+def test_shapes_that_do_not_fit_are_refused(make_segmentation):
+    with pytest.raises(ValueError, match=r"entropy: expected shape \(10, 12, 6\), found \(10, 12, 5\)"):
+        make_segmentation(entropy=np.zeros((10, 12, 5), np.float32))

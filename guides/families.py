@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from pyro import distributions as dist
@@ -49,7 +50,26 @@ class LowRank(nn.Module):
         d = self.latent_dim
         z_loc, z_scale, factor = raw.split([d, d, d * self.rank], -1)
         factor = factor.unflatten(-1, (d, self.rank)) + self.start.to(raw.dtype)
-        return dist.LowRankMultivariateNormal(z_loc, factor, _scale(z_scale).square())
+        with _full_precision(raw):
+            return _LowRankNormal(z_loc, factor, _scale(z_scale).square())
+
+
+def _full_precision(tensor: Tensor) -> AbstractContextManager[object]:
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+
+
+class _LowRankNormal(dist.LowRankMultivariateNormal):
+    """Its matrix products keep the parameters' precision under autocast: the KL is a difference of large terms."""
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        with _full_precision(self.loc):
+            drawn: Tensor = super().rsample(sample_shape)
+        return drawn
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        with _full_precision(self.loc):
+            density: Tensor = super().log_prob(value)
+        return density
 
 
 @register_kl(LowRankMultivariateNormal, Independent)
@@ -61,7 +81,8 @@ def _kl_low_rank_to_normal(q: LowRankMultivariateNormal, p: Independent) -> Tens
     spread = q.variance + (q.loc - p.base_dist.loc).square()
     identity = torch.eye(q.cov_factor.shape[-1], dtype=q.loc.dtype, device=q.loc.device)
     scaled = q.cov_factor / q.cov_diag.unsqueeze(-1)
-    capacitance = identity + q.cov_factor.mT @ scaled  # matrix determinant lemma
+    with _full_precision(q.loc):
+        capacitance = identity + q.cov_factor.mT @ scaled  # matrix determinant lemma
     log_det = q.cov_diag.log().sum(-1) + torch.linalg.slogdet(capacitance).logabsdet
     return 0.5 * ((spread / variance - 1 + variance.log()).sum(-1) - log_det)
 

@@ -34,7 +34,8 @@ class LabelFactorGuide(PyroModule):
     def forward(self, scan: Tensor, observed: Tensor, theta: IntensityParameters) -> Tensor:
         """Sample z (B, D) and enumerate the labels of every voxel."""
         shape, intensity = self.model.shape_prior, self.model.intensity
-        z: Tensor = self.z_guide(scan, observed, theta)
+        with poutine.block(hide=["scans"]):  # the plate is entered again below: one site of that name a trace
+            z: Tensor = self.z_guide(scan, observed, theta)
         observed = observed.expand(-1, intensity.channels, *shape.grid).flatten(2)
         logits = shape.log_label_probs(z).flatten(-len(shape.grid))
         if self.factor == "posterior":

@@ -21,16 +21,16 @@ class LabelMapGuide(PyroModule):
         super().__init__()
         self.label_encoder, self.family, self.num_labels = encoder, family, num_labels
 
-    def posterior(self, labels: Tensor, observed: Tensor) -> dist.Distribution:
-        """q(z | s) of label positions (B, *grid) with observed (B, 1, *grid)."""
-        one_hot = functional.one_hot(labels.long(), self.num_labels).movedim(-1, 1)
-        return self.posterior_of_probabilities(one_hot, observed)
+    def raw(self, labels: Tensor, observed: Tensor) -> Tensor:
+        """Raw parameters, (B, P), of label positions (B, *grid) with observed (B, 1, *grid)."""
+        weight = next(self.label_encoder.parameters())
+        image = functional.one_hot(labels.long(), self.num_labels).movedim(-1, 1).to(weight.dtype)
+        raw: Tensor = self.label_encoder(torch.where(observed, image, 0.0))
+        return raw.to(torch.promote_types(weight.dtype, torch.float32))
 
-    def posterior_of_probabilities(self, probabilities: Tensor, observed: Tensor) -> dist.Distribution:
-        """q(z | s) where s is given as label probabilities, (B, M, *grid)."""
-        dtype = next(self.label_encoder.parameters()).dtype
-        image = torch.where(observed, probabilities.to(dtype), 0.0)
-        posterior: dist.Distribution = self.family(self.label_encoder(image).to(torch.promote_types(dtype, torch.float32)))
+    def posterior(self, labels: Tensor, observed: Tensor) -> dist.Distribution:
+        """q(z | s)."""
+        posterior: dist.Distribution = self.family(self.raw(labels, observed))
         return posterior
 
     def forward(self, labels: Tensor, observed: Tensor) -> Tensor:

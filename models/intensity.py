@@ -38,6 +38,13 @@ class IntensityParameters:
             self.mean.detach(), self.sd.detach(), self.log_weight.detach(), None if maps is None else maps.detach()
         )
 
+    def to(self, device: torch.device | str) -> IntensityParameters:
+        """θ on a device."""
+        maps = self.background_log_weight
+        return IntensityParameters(
+            self.mean.to(device), self.sd.to(device), self.log_weight.to(device), None if maps is None else maps.to(device)
+        )
+
     def with_maps(self, background_log_weight: Tensor | None) -> IntensityParameters:
         """θ with other background maps, (K0, J)."""
         return replace(self, background_log_weight=background_log_weight)

@@ -33,6 +33,11 @@ class LabelField(TorchDistribution):
         """Label positions 0..M-1; the event is the grid."""
         return constraints.independent(constraints.integer_interval(0, self.logits.shape[-2] - 1), len(self.event_shape))
 
+    def expand(self, batch_shape: Any, _instance: Any = None) -> LabelField:
+        """The same distribution with logits of a wider batch shape."""
+        logits = self.logits.expand(*batch_shape, *self.logits.shape[-2:]).unflatten(-1, self.event_shape)
+        return LabelField(logits, self.observed.unflatten(-1, self.event_shape).unsqueeze(1))
+
     def log_prob(self, labels: Tensor) -> Tensor:
         """Σ_j o_j log f_j(s_j) for label positions (B, *grid), (*S, B)."""
         index = labels.long().flatten(1).unsqueeze(-2).expand(*self.batch_shape, 1, -1)

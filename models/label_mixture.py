@@ -47,6 +47,12 @@ class LabelMixture(TorchDistribution):
         """Real numbers; the event is (C, *grid)."""
         return constraints.independent(constraints.real, 1 + len(self.grid))
 
+    def expand(self, batch_shape: Any, _instance: Any = None) -> LabelMixture:
+        """The same distribution with scores of a wider batch shape."""
+        scores = self.scores.expand(*batch_shape, *self.scores.shape[-2:]).unflatten(-1, self.grid)
+        location = self.log_location_prior.unflatten(-1, self.grid)
+        return LabelMixture(scores, location, self.theta, self.intensity, self.observed.unflatten(-1, self.grid))
+
     def _arguments(self, scan: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, IntensityParameters, IntensityModel]:
         flat = torch.where(self.observed, scan.flatten(2), 0.0)
         return self.scores, self.log_location_prior, flat, self.observed, self.theta, self.intensity

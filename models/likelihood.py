@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .intensity import IntensityModel, IntensityParameters
 
@@ -102,6 +103,7 @@ class _VoxelFactor(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_output,) = grad_outputs
         scores, log_prior, scan, observed, *arguments = ctx.saved_tensors

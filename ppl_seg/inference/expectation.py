@@ -33,29 +33,36 @@ def flatten(scan: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def label_responsibilities(
-    model: SegmentationModel, z: Tensor, scan: Tensor, observed: Tensor, theta: IntensityParameters, factor: Factor = "posterior"
+    model: SegmentationModel,
+    z: Tensor | None,
+    scan: Tensor,
+    observed: Tensor,
+    theta: IntensityParameters,
+    factor: Factor = "posterior",
 ) -> Tensor:
     """Responsibilities averaged over draws of z, detached, (B, M, J): r (`posterior`) or f (`prior`).
 
     Args:
-        model: the program. z: draws, (S, B, D). scan, observed: (B, C, *grid). theta: at the old values.
+        model: the program. z: draws, (S, B, D); None stands for f = p_loc. scan, observed: (B, C, *grid).
+        theta: at the old values.
     """
     flat, seen = flatten(scan, observed)
     dims = len(model.shape_prior.grid)
     with torch.no_grad():
         log_likelihood = 0.0 if factor == "prior" else model.intensity.label_log_prob(flat, seen, theta)
-        total: Tensor | None = None
+        if z is None:
+            location = model.shape_prior.log_location_prior.flatten(1)
+            return (location + log_likelihood).softmax(-2).expand(scan.shape[0], -1, -1)
+        total: Tensor | float = 0.0
         for draw in z:
             logits = model.shape_prior.label_logits(draw).flatten(-dims)
-            r = (logits + log_likelihood).softmax(-2)
-            total = r if total is None else total.add_(r)
-        assert total is not None
-        return total / len(z)
+            total = total + (logits + log_likelihood).softmax(-2)
+        return torch.as_tensor(total) / len(z)
 
 
 def update_theta(
     model: SegmentationModel,
-    z: Tensor,
+    z: Tensor | None,
     scan: Tensor,
     observed: Tensor,
     theta: IntensityParameters,
@@ -68,7 +75,7 @@ def update_theta(
         The new θ, and the observed background responsibilities by component summed over scans, (K0, J), for
         `background_maps`.
     """
-    power, background = model.likelihood_power, torch.zeros(())
+    power, background = model.likelihood_power, scan.new_zeros(())
     updated = []
     with torch.no_grad():
         for b in range(scan.shape[0]):  # one scan at a time stays in cache
@@ -76,7 +83,8 @@ def update_theta(
             seen_by = observed[one]
             old = theta.select(one) if theta.mean.shape[0] > 1 else theta
             flat, seen = flatten(scan[one], seen_by)
-            of_label = label_responsibilities(model, z[:, one], scan[one], seen_by, old, factor)
+            draws = None if z is None else z[:, one]
+            of_label = label_responsibilities(model, draws, scan[one], seen_by, old, factor)
             of_component = model.intensity.component_responsibilities(of_label, flat, seen, old)
             updated.append(model.intensity.m_step(of_component, flat, seen, old, pseudo, power))
             background = background + (of_component[0, : model.intensity.components[0]] * seen.any(1))
@@ -128,7 +136,7 @@ def expectation_maximisation(
     scan: Tensor,
     observed: Tensor,
     theta: IntensityParameters,
-    z: Tensor,
+    z: Tensor | None,
     iterations: int,
     factor: Factor = "posterior",
     pseudo: PseudoCounts | None = None,

@@ -10,6 +10,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.infer.enum import get_importance_trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
@@ -19,30 +20,46 @@ from ..models.normalisation import normalise
 from ..guides import families as _families  # noqa: F401
 
 
-def _require(trace: poutine.Trace, present: str, absent: str | None, objective: str, form: str) -> None:
-    if present not in trace.nodes or (absent is not None and absent in trace.nodes):
-        sites = [name for name in trace.stochastic_nodes + trace.observation_nodes]
+def _check_form(trace: poutine.Trace, objective: Any, shape_program: bool = False) -> None:
+    """Raise a ValueError unless the program has the form the objective needs.
+
+    With `shape_program`, the stage-1 program (sites `z`, `labels`) is accepted as well.
+    """
+    has_scan, has_labels = "scan" in trace.nodes, "labels" in trace.nodes
+    if shape_program and has_labels and not has_scan:
+        return
+    if not has_scan or has_labels != (objective.form == "enumerated"):
+        sites = sorted(trace.stochastic_nodes + trace.observation_nodes)
         raise ValueError(
-            f"objective {objective} needs the {form} form of the program; found sites {sites}: set model.form = {form!r}"
+            f"objective {type(objective).__name__} needs the {objective.form} form of the segmentation program; found "
+            f"sites {sites}: set model.form = {objective.form!r}"
         )
 
 
 class Marginal(TraceMeanField_ELBO):
-    """E_q[β log p(x|z)] − KL(q ‖ p), labels summed out exactly, KL analytic (TraceMeanField_ELBO's contract)."""
+    """E_q[β log p(x|z)] − KL(q ‖ p), labels summed out exactly, KL analytic (TraceMeanField_ELBO's contract).
+
+    On the stage-1 program: E_q log p(s|z) − KL(q ‖ p).
+    """
+
+    form: ClassVar[str] = "collapsed"
+    shape_program: ClassVar[bool] = True
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        traces = super()._get_trace(model, guide, args, kwargs)
+        _check_form(traces[0], self, self.shape_program)
+        return traces
+
+
+class Trace(Trace_ELBO):
+    """The same bound with a sampled KL: Pyro's Trace_ELBO on the collapsed program, or on the stage-1 program."""
 
     form: ClassVar[str] = "collapsed"
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         traces = super()._get_trace(model, guide, args, kwargs)
-        if "scan" in traces[0].nodes:
-            _require(traces[0], "scan", "labels", type(self).__name__, self.form)
+        _check_form(traces[0], self, shape_program=True)
         return traces
-
-
-class Trace(Trace_ELBO):
-    """The same bound with a sampled KL: Pyro's Trace_ELBO on the collapsed program."""
-
-    form: ClassVar[str] = "collapsed"
 
 
 class Enum(TraceEnum_ELBO):
@@ -55,7 +72,7 @@ class Enum(TraceEnum_ELBO):
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         traces = super()._get_trace(model, guide, args, kwargs)
-        _require(traces[0], "labels", None, type(self).__name__, self.form)
+        _check_form(traces[0], self)
         return traces
 
 
@@ -90,6 +107,8 @@ class _JensenMessenger(Messenger):
 class Jensen(Marginal):
     """E_q[β Σ_j o_j Σ_m f_jm log p(x_j|m)] − KL(q ‖ p): the journal-club notes' Appendix B, KL analytic."""
 
+    shape_program: ClassVar[bool] = False
+
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         def jensen_model(*inner_args: Any, **inner_kwargs: Any) -> Any:
             with _JensenMessenger():
@@ -98,14 +117,33 @@ class Jensen(Marginal):
         return super()._get_trace(jensen_model, guide, args, kwargs)
 
 
-class IWAE(ELBO):
+class _ByDifferentiation(ELBO):
+    """An ELBO that is known by its `differentiable_loss` alone."""
+
+    form: ClassVar[str] = "collapsed"
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        return get_importance_trace("flat", self.max_plate_nesting, model, guide, args, kwargs)
+
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """The value alone."""
+        with torch.no_grad():
+            return float(self.differentiable_loss(model, guide, *args, **kwargs))
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """The value, with gradients left in the parameters."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward()
+        return float(loss.detach())
+
+
+class IWAE(_ByDifferentiation):
     """Σ over scans of log-mean-exp over that scan's importance weights (Burda et al. 2016, arXiv 1509.00519).
 
     `num_particles` draws, `block` of them at a time in one vectorised pass. The weights hold β and the mask of the
     program and no other scale.
     """
-
-    form: ClassVar[str] = "collapsed"
 
     def __init__(self, num_particles: int = 8, block: int | None = None, **kwargs: Any) -> None:
         super().__init__(num_particles=num_particles, **kwargs)
@@ -114,12 +152,13 @@ class IWAE(ELBO):
     def log_weights(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """log p(x, z) − log q(z), (num_particles, B)."""
         blocks = []
+        dim = -1 - getattr(model, "max_plate_nesting", 1)
         for start in range(0, self.num_particles, self.block):
             size = min(self.block, self.num_particles - start)
-            with pyro.plate("particles", size, dim=-2):
+            with pyro.plate("particles", size, dim=dim):
                 guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
                 model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
-            _require(model_trace, "scan", "labels", "IWAE", self.form)
+            _check_form(model_trace, self)
             model_trace.compute_log_prob()
             guide_trace.compute_log_prob()
             log_weight: Any = 0.0
@@ -135,30 +174,19 @@ class IWAE(ELBO):
         """Minus the bound, summed over scans."""
         return -log_mean_exp(self.log_weights(model, guide, *args, **kwargs)).sum()
 
-    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The value alone."""
-        with torch.no_grad():
-            return float(self.differentiable_loss(model, guide, *args, **kwargs))
 
-    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The value, with gradients left in the parameters."""
-        return _loss_and_grads(self, model, guide, args, kwargs)
-
-
-class Sleep(ELBO):
+class Sleep(_ByDifferentiation):
     """−log q(z|x) on scans simulated from the program with z known (Hinton et al. 1995, wake–sleep).
 
     The arguments are those of the program; the scan's content is replaced by a simulated one with the same observed
     voxels and θ, through the same normalisation as real scans.
     """
 
-    form: ClassVar[str] = "collapsed"
-
     def differentiable_loss(self, model: Any, guide: Any, scan: Any = None, observed: Any = None, theta: Any = None) -> Tensor:
         """−Σ log q(z|x)."""
         with torch.no_grad():
-            simulated = poutine.trace(model).get_trace(None, observed, theta, **({} if scan is None else {"num_scans": len(scan)}))
-            _require(simulated, "scan", "labels", "Sleep", self.form)
+            simulated = poutine.trace(model).get_trace(None, observed, theta, **({} if scan is None or observed is not None else {"num_scans": len(scan)}))
+            _check_form(simulated, self)
             z, drawn = simulated.nodes["z"]["value"], simulated.nodes["scan"]["value"]
             if observed is None:
                 observed = torch.ones_like(drawn[:, :1], dtype=torch.bool)
@@ -167,22 +195,6 @@ class Sleep(ELBO):
         guide_trace = poutine.trace(known).get_trace(drawn, observed, theta)
         log_prob: Tensor = guide_trace.log_prob_sum()
         return -log_prob
-
-    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The value alone."""
-        with torch.no_grad():
-            return float(self.differentiable_loss(model, guide, *args, **kwargs))
-
-    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The value, with gradients left in the parameters."""
-        return _loss_and_grads(self, model, guide, args, kwargs)
-
-
-def _loss_and_grads(elbo: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> float:
-    loss = elbo.differentiable_loss(model, guide, *args, **kwargs)
-    if loss.requires_grad:
-        loss.backward()
-    return float(loss.detach())
 
 
 def log_mean_exp(log_weights: Tensor) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 Show = Callable[[int, dict[str, float]], None]
+Item = TypeVar("Item")
 _SILENT = {"step", "learning_rate", "seconds"}
 
 
@@ -34,3 +36,10 @@ def progress_bar(steps: int, start: int, visible: bool) -> Iterator[Show]:
             bar.update(task, completed=step, terms=text)
 
         yield show
+
+
+def scan_bar(items: Sequence[Item], visible: bool) -> Iterator[Item]:
+    """The items one by one, with a bar that counts them."""
+    columns = (TextColumn("scans"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not visible) as bar:
+        yield from bar.track(items)

@@ -115,7 +115,7 @@ def simulated(
 def test_simulated_data_recover_their_parameters() -> None:
     """From p_loc's moments to the truth, within 5 standard errors of moments of half of a component's voxels.
 
-    4800 voxels, about 1600 a class; 40 comparisons: failure rate over seeds well under 1e-3 (the unknown labels
+    4620 voxels, about 1540 a class; 40 comparisons: failure rate over seeds well under 1e-3 (unknown labels
     cost some of the information, hence the half); fixed seed.
     """
     model, truth, scan, observed = simulated((60, 80))

@@ -226,6 +226,13 @@ def test_shared_intensity_starts_where_it_is_told_and_takes_gradients() -> None:
     ll = problem.intensity().label_log_prob(problem.scan_flat, problem.observed_flat, theta)
     ll.exp().sum().backward()
     assert len(list(shared.parameters())) == 3
+    with torch.no_grad():
+        for parameter in shared.parameters():
+            parameter.add_(0.5 * torch.randn(parameter.shape, dtype=parameter.dtype))
+    moved = shared()
+    for weight in moved.log_weight.split(problem.components, -1):
+        torch.testing.assert_close(weight.exp().sum(-1), torch.ones(1, dtype=torch.float64))
+    assert bool((moved.sd > 0).all()) and moved.mean.shape[0] == 1
     assert all(p.grad is not None and bool(p.grad.ne(0).any()) for p in shared.parameters())
 
 

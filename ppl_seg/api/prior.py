@@ -1,0 +1,211 @@
+"""Stage 1: label maps teach the shape prior."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppl_seg.api.model import Model
+from ppl_seg.api.output import claim_model_directory, say
+from ppl_seg.data.augmentation import deform
+from ppl_seg.data.cohort import find_label_maps
+from ppl_seg.data.grids import Grid, check_alignment, common_grid, default_align
+from ppl_seg.data.images import Image, read_label_map
+from ppl_seg.data.labels import LabelTable, apply_map, merge_sides
+from ppl_seg.data.loading import labels_on_grid
+from ppl_seg.data.names import parse_name
+from ppl_seg.data.tables import read_value_map, table_for
+from ppl_seg.errors import InputError
+from ppl_seg.guides.families import FAMILIES
+from ppl_seg.inference.checkpoint import remove_checkpoint
+from ppl_seg.inference.networks import build_label_map_guide, build_shape_prior, freeze
+from ppl_seg.inference.objectives import build_objective
+from ppl_seg.inference.report import prior_report
+from ppl_seg.inference.tasks import LabelMapTask
+from ppl_seg.inference.trainer import TrainingOptions, fit, resolve_device
+from ppl_seg.models.shape_prior import ShapeModel, location_prior
+
+FEWEST_MAPS = 3
+HELD_OUT_SHARE = 0.1
+BATCH_SIZE = 8
+STEPS = 3000
+LEARNING_RATE = 2e-3
+LATENT_DIM = 64
+
+
+@dataclass(frozen=True)
+class LabelMaps:
+    """Label maps on one grid. labels: (n, *grid) positions. observed: (n, 1, *grid). persons: who each belongs to."""
+
+    table: LabelTable
+    grid: Grid
+    align: str
+    labels: Tensor
+    observed: Tensor
+    persons: list[str]
+
+
+def learn_prior(
+    label_maps: Sequence[str | Path],
+    *,
+    out: str | Path | None = None,
+    labels: str | Path | None = None,
+    value_map: str | Path | None = None,
+    merge_sides: bool = False,
+    spacing: float | None = None,
+    align: str | None = None,
+    latent_dim: int | None = None,
+    guide: str = "mean-field",
+    objective: str = "marginal",
+    steps: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "32",
+    resume: bool = False,
+    force: bool = False,
+    progress: bool = False,
+) -> Model:
+    """Learn p(z) p(s|z) and q(z|s) from label maps.
+
+    Args:
+        label_maps: files, folders, globs. out: model directory to write, with a report and figures.
+        labels: label table. value_map: TSV from, to, applied first. merge_sides: left and right become one.
+        spacing: of the prior's grid, mm. align: none or center. latent_dim: D.
+        guide: family of q(z|s). objective: marginal or trace. steps: of training.
+        resume: go on from the checkpoint in `out`. force: replace what is in `out`.
+
+    Raises:
+        InputError: bad files or options, too few maps, `out` in use. TrainingError: a bound that is not finite.
+    """
+    if objective not in ("marginal", "trace"):
+        raise InputError(f"--objective {objective}: a prior is learned with marginal or trace")
+    if guide not in FAMILIES:
+        raise InputError(f"--guide {guide}: unknown; choose one of {', '.join(sorted(FAMILIES))}")
+    if latent_dim is not None and latent_dim < 1:
+        raise InputError(f"--latent-dim {latent_dim}: expected at least 1")
+    options = TrainingOptions(
+        steps=STEPS if steps is None else steps,
+        learning_rate=LEARNING_RATE,
+        warmup_steps=50,
+        seed=seed,
+        device=device,
+        precision=precision,
+        eval_every=max(1, (STEPS if steps is None else steps) // 20),
+        patience=8,
+    )
+    where = resolve_device(device)
+    if out is not None:
+        claim_model_directory(out, force, resume)
+    maps = load_label_maps(label_maps, labels, value_map, merge_sides, spacing, align)
+    held_out = held_out_persons(maps.persons)
+    kept = ~held_out
+    num_labels = len(maps.table)
+    location = location_prior(maps.labels[kept], maps.observed[kept], num_labels)
+    dim = latent_dim or LATENT_DIM
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        shape_prior = build_shape_prior(location, "convolutional", dim)
+        label_guide = build_label_map_guide(guide, dim, num_labels, maps.grid.shape)
+    task = LabelMapTask(maps.labels.to(where), maps.observed.to(where), held_out, BATCH_SIZE, deform)
+    log = fit(
+        ShapeModel(shape_prior),
+        label_guide,
+        build_objective(objective),
+        task,
+        options,
+        directory=out,
+        resume=resume,
+        keep_checkpoint=True,
+        progress=progress,
+    )
+    freeze(shape_prior.cpu())
+    freeze(label_guide.cpu())
+    report = prior_report(shape_prior, label_guide, maps.labels, maps.observed, held_out, maps.table.names, log)
+    with torch.no_grad():
+        codes = torch.cat(
+            [label_guide.posterior(a.long(), b).mean for a, b in zip(maps.labels.split(8), maps.observed.split(8), strict=True)]
+        )
+    config: dict[str, Any] = {
+        "shape_prior": {"decoder": "convolutional", "latent_dim": dim, "options": {}},
+        "label_guide": {"family": guide, "options": {}},
+        "training": {"prior": {**options.identity(), "objective": objective, "label_maps": len(maps.labels)}},
+    }
+    model = Model(maps.table, maps.grid, maps.align, shape_prior, label_guide, codes, config)
+    if out is not None:
+        model.save(out, {"training.csv": (Path(out) / "training.csv").read_bytes(), "report.json": json.dumps(report, indent=2)})
+        remove_checkpoint(out)
+        draw_prior(model, Path(out), seed)
+    return model
+
+
+def load_label_maps(
+    inputs: Sequence[str | Path],
+    labels: str | Path | None,
+    value_map: str | Path | None,
+    merge: bool,
+    spacing: float | None,
+    align: str | None,
+) -> LabelMaps:
+    """Read label maps, agree on a table and a grid, and bring them there. InputError for what can't be used."""
+    found = find_label_maps([str(given) for given in inputs])
+    if len(found) < FEWEST_MAPS:
+        raise InputError(f"{found[0].path}: a prior needs at least {FEWEST_MAPS} label maps, better tens; found {len(found)}")
+    images = [read_label_map(file.path) for file in found]
+    mapping = read_value_map(value_map) if value_map is not None else {}
+    table, messages = table_for(occurring_values(images, mapping), labels)
+    if merge:
+        table, sides = merge_sides(table)
+        mapping = {**{value: sides.get(to, to) for value, to in mapping.items()}, **{a: b for a, b in sides.items() if a not in mapping}}
+    if len(table) < 2:
+        raise InputError(f"{found[0].path}: all label maps are zero; a prior needs at least one structure")
+    chosen = align or default_align(images)
+    check_alignment(chosen)
+    grid = common_grid(images, spacing, chosen)
+    messages.append(
+        f"{len(images)} label maps, {len(table) - 1} structures, {len(set(table.class_of_label))} intensity classes; "
+        f"align {chosen}; grid {'x'.join(map(str, grid.shape))} at {grid.spacing[0]:.3g} mm"
+    )
+    say(messages)
+    placed = [labels_on_grid(image, table, mapping, grid, chosen) for image in images]
+    positions = torch.stack([p for p, _ in placed]).to(torch.uint8 if len(table) <= 256 else torch.int16)
+    persons = [parse_name(file.path).entities.get("sub", str(file.path)) for file in found]
+    return LabelMaps(table, grid, chosen, positions, torch.stack([o for _, o in placed]), persons)
+
+
+def occurring_values(images: Sequence[Image], mapping: dict[int, int]) -> set[int]:
+    """Values that occur in any of the maps, after the value map; maps with other value sets are said."""
+    values = [set(np.unique(apply_map(image.data, mapping) if mapping else image.data).tolist()) for image in images]
+    everything = set().union(*values)
+    for image, own in zip(images, values, strict=True):
+        if own != everything:
+            say([f"{image.path}: labels {sorted(everything - own)} do not occur"])
+    return everything
+
+
+def held_out_persons(persons: Sequence[str]) -> Tensor:
+    """Which label maps only judge, (n,) bool: every tenth person's, of 8 persons or more."""
+    distinct = sorted(set(persons))
+    if len(distinct) < 8:
+        return torch.zeros(len(persons), dtype=torch.bool)
+    chosen = set(distinct[:: math.ceil(1 / HELD_OUT_SHARE)])
+    return torch.tensor([person in chosen for person in persons])
+
+
+def draw_prior(model: Model, out: Path, seed: int, number: int = 8) -> None:
+    """draws.png, label maps drawn from the prior, and training.png."""
+    from ppl_seg.results.charts import training_figure
+    from ppl_seg.results.figures import draws_figure
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        drawn = ShapeModel(model.shape_prior)(num_scans=number)
+    draws_figure(drawn.numpy(), model.table, model.grid.affine, out / "draws.png", "Drawn from the prior")
+    training_figure(out / "training.csv", out / "training.png", "Learning the prior")

@@ -1,0 +1,77 @@
+"""Options of the commands, as types of their parameters."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+_COMMON = "Common options"
+
+
+class Device(StrEnum):
+    """Where the tensors live."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Precision(StrEnum):
+    """Number format of the networks while training."""
+
+    float32 = "32"
+    bf16 = "bf16"
+
+
+class Intensity(StrEnum):
+    """Whose intensity parameters."""
+
+    per_scan = "per-scan"
+    shared = "shared"
+
+
+class Readout(StrEnum):
+    """What the label map is the argmax of."""
+
+    marginals = "marginals"
+    decoder = "decoder"
+
+
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**32 - 1, help="Seed of all random numbers.", rich_help_panel=_COMMON)
+]
+DeviceOption = Annotated[
+    Device, typer.Option("--device", help="auto: a GPU where there is one.", rich_help_panel=_COMMON)
+]
+PrecisionOption = Annotated[
+    Precision, typer.Option("--precision", help="Of the networks in training.", rich_help_panel=_COMMON)
+]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads; default: all cores.", rich_help_panel=_COMMON)
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there.", rich_help_panel=_COMMON)]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with a training that was stopped.", rich_help_panel=_COMMON)
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", help="All warnings, and tracebacks of errors.", rich_help_panel=_COMMON)
+]
+Align = Annotated[str | None, typer.Option(metavar="none|center", help="How files are brought together.")]
+Steps = Annotated[int | None, typer.Option(min=1, metavar="N", help="Training steps.")]
+Scans = Annotated[list[str], typer.Argument(metavar="SCAN", help="Scans: files, folders or quoted globs.")]
+Suffix = Annotated[
+    str | None, typer.Option(metavar="S", help="Of several contrasts take this one: T1w, FLAIR, ...")
+]
+Mask = Annotated[
+    str, typer.Option(metavar="auto|none|PATH", help="Where scans are observed: auto finds padding.")
+]
+Channels = Annotated[
+    str | None, typer.Option(metavar="A,B", help="Suffixes of the channels of one scan: T1w,FLAIR.")
+]
+Objective = Annotated[str | None, typer.Option(metavar="NAME", help="marginal, jensen, trace, enum, iwae.")]
+Guide = Annotated[str | None, typer.Option(metavar="NAME", help="mean-field, low-rank.")]
+LikelihoodPower = Annotated[
+    float | None, typer.Option(metavar="B", help="Voxels count so many times; 1: the model as written.")
+]

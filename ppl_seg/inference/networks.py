@@ -1,0 +1,104 @@
+"""From a configuration to networks: what config.json names and what weights.safetensors fills."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..guides.encoders import ConvolutionalEncoder
+from ..guides.families import build_family
+from ..guides.label_maps import LabelMapGuide
+from ..guides.scans import ScanGuide
+from ..models.decoders import build_decoder
+from ..models.intensity import IntensityModel, IntensityParameters
+from ..models.intensity_prior import SharedIntensity
+from ..models.segmentation import SegmentationModel
+from ..models.shape_prior import ShapePrior
+from .objectives import OBJECTIVES
+from .recipes import Recipe
+
+
+def build_shape_prior(location_prior: Tensor, decoder: str, latent_dim: int, **options: Any) -> ShapePrior:
+    """p(z) p(s|z) on the grid of p_loc (M, *grid)."""
+    num_labels, *grid = location_prior.shape
+    return ShapePrior(location_prior, build_decoder(decoder, latent_dim, num_labels, grid, **options), latent_dim)
+
+
+def build_label_map_guide(family: str, latent_dim: int, num_labels: int, grid: Sequence[int], **options: Any) -> LabelMapGuide:
+    """q(z|s)."""
+    distribution = build_family(family, latent_dim)
+    return LabelMapGuide(ConvolutionalEncoder(num_labels, grid, distribution.num_parameters, **options), distribution, num_labels)
+
+
+def build_scan_guide(family: str, latent_dim: int, channels: int, grid: Sequence[int], **options: Any) -> ScanGuide:
+    """q(z|x); the encoder sees the scan and what of it is observed."""
+    distribution = build_family(family, latent_dim)
+    return ScanGuide(ConvolutionalEncoder(2 * channels, grid, distribution.num_parameters, **options), distribution)
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """No gradients, evaluation mode: Pyro then leaves the module alone."""
+    return module.requires_grad_(False).eval()
+
+
+def build_segmentation_model(
+    shape_prior: ShapePrior, class_of_label: Sequence[int], channels: int, recipe: Recipe, shared: IntensityParameters | None = None
+) -> SegmentationModel:
+    """The program that a recipe asks for, on a frozen shape prior.
+
+    Args:
+        class_of_label: intensity class of each label, by the label table.
+        shared: where shared θ starts, or what it is; None for θ per scan.
+    """
+    num_labels = shape_prior.num_labels
+    classes = list(range(num_labels)) if recipe.classes == "labels" else list(class_of_label)
+    components = [recipe.background_components] + [recipe.components] * max(classes)
+    intensity = IntensityModel(classes, components, channels)
+    if recipe.shape == "location":
+        location = shape_prior.log_location_prior.exp()
+        shape_prior = build_shape_prior(location, "location", shape_prior.latent_dim)
+    freeze(shape_prior)
+    form = OBJECTIVES[recipe.objective].form  # type: ignore[attr-defined]
+    shared_intensity = None if shared is None else SharedIntensity(intensity, shared)
+    return SegmentationModel(shape_prior, intensity, recipe.likelihood_power, form, shared_intensity)
+
+
+def with_prefix(module: nn.Module | None, prefix: str) -> dict[str, Tensor]:
+    """A module's tensors under a prefix, for the model directory."""
+    return {} if module is None else {f"{prefix}.{name}": tensor for name, tensor in module.state_dict().items()}
+
+
+def take_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors under a prefix."""
+    start = prefix + "."
+    return {name[len(start) :]: tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+
+def theta_tensors(theta: IntensityParameters | None) -> dict[str, Tensor]:
+    """θ as named tensors; empty for None."""
+    if theta is None:
+        return {}
+    tensors = {"mean": theta.mean, "sd": theta.sd, "log_weight": theta.log_weight}
+    if theta.background_log_weight is not None:
+        tensors["background_log_weight"] = theta.background_log_weight
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def theta_from(tensors: dict[str, Tensor]) -> IntensityParameters | None:
+    """The inverse of `theta_tensors`."""
+    if not tensors:
+        return None
+    return IntensityParameters(tensors["mean"], tensors["sd"], tensors["log_weight"], tensors.get("background_log_weight"))
+
+
+def mean_theta(theta: IntensityParameters) -> IntensityParameters:
+    """One θ from many scans': means and the mean weights' logarithm, (1, ...)."""
+    return IntensityParameters(
+        theta.mean.mean(0, keepdim=True),
+        theta.sd.mean(0, keepdim=True),
+        torch.log(theta.log_weight.exp().mean(0, keepdim=True)),
+        theta.background_log_weight,
+    )

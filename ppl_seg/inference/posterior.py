@@ -1,0 +1,121 @@
+"""One scan's posterior (or a batch's): gradient steps on q(z), alternated with EM steps of θ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from ..guides.families import kl_to_prior
+from ..guides.per_scan import PerScanGuide
+from ..models.intensity import IntensityParameters
+from ..models.segmentation import SegmentationModel
+from .expectation import Factor, background_maps, initial_theta, update_theta
+from .objectives import build_objective
+from .recipes import Recipe
+
+
+def factor_of(objective: str) -> Factor:
+    """The label factor that an objective's E-step uses: f for jensen, r for the others."""
+    return "prior" if objective == "jensen" else "posterior"
+
+
+@dataclass
+class Posterior:
+    """q(z) and θ of a batch of scans, with the bound per scan at each step (nats)."""
+
+    guide: PerScanGuide
+    theta: IntensityParameters
+    bounds: list[float] = field(default_factory=list)
+
+    def sample(self, draws: int) -> Tensor:
+        """z, (draws, B, D)."""
+        with torch.no_grad():
+            drawn: Tensor = self.guide.posterior().sample((draws,))
+        return drawn
+
+    def kl(self, model: SegmentationModel) -> Tensor:
+        """KL(q ‖ p), (B,)."""
+        with torch.no_grad():
+            return kl_to_prior(self.guide.posterior(), model.shape_prior.prior())
+
+
+def start_theta(
+    model: SegmentationModel, scan: Tensor, observed: Tensor, recipe: Recipe, maps: Tensor | None = None
+) -> IntensityParameters:
+    """θ by EM under the location prior: with the given maps (K0, J), or with maps learned from these scans."""
+    location = model.shape_prior.log_location_prior.exp()
+    theta = initial_theta(model.intensity, location, scan, observed).with_maps(maps)
+    factor = factor_of(recipe.objective)
+    learn = maps is None and recipe.maps is not None
+    for iteration in range(recipe.em_iterations * (2 if learn else 1)):
+        theta, background = update_theta(model, None, scan, observed, theta, factor, recipe.pseudo)
+        if learn and iteration >= recipe.em_iterations and recipe.maps is not None:
+            theta = theta.with_maps(background_maps(background, model.shape_prior.grid, recipe.maps))
+    return theta
+
+
+def best_start(
+    model: SegmentationModel, codes: Tensor, scan: Tensor, observed: Tensor, theta: IntensityParameters
+) -> Tensor:
+    """Which of the latent codes (n, D), those of the prior's label maps, explains each scan best: (B, D).
+
+    Gradient steps from z = 0 end in a local optimum where a shape is far from the mean.
+    """
+    best = codes.new_full((scan.shape[0],), -float("inf"))
+    chosen = codes.new_zeros(scan.shape[0], codes.shape[1])
+    for code in torch.cat([torch.zeros_like(codes[:1]), codes]):
+        z = code.expand(scan.shape[0], -1)
+        with torch.no_grad():
+            conditioned = pyro.condition(model, data={"z": z})
+            trace = pyro.poutine.trace(conditioned).get_trace(scan, observed, theta)
+            trace.compute_log_prob()
+            score = trace.nodes["scan"]["log_prob"] + trace.nodes["z"]["log_prob"]
+        better = score > best
+        best = torch.where(better, score, best)
+        chosen[better] = code
+    return chosen
+
+
+def infer(
+    model: SegmentationModel,
+    family: nn.Module,
+    raw: Tensor,
+    scan: Tensor,
+    observed: Tensor,
+    theta: IntensityParameters,
+    recipe: Recipe,
+    steps: int,
+    learn_maps: bool = False,
+) -> Posterior:
+    """Fit q(z) and θ to the scans at hand.
+
+    Args:
+        model: the program, decoder frozen, in the form the recipe's objective needs.
+        family, raw: where q(z) starts, (B, P). scan, observed: (B, C, *grid). theta: where θ starts.
+        recipe: objective, step size, pseudo-counts, how maps are learned. steps: gradient steps.
+        learn_maps: learn the background maps from these scans.
+    """
+    guide = PerScanGuide(family, raw)
+    posterior = Posterior(guide, theta)
+    objective = build_objective(recipe.objective)
+    optimizer = torch.optim.Adam([guide.raw], lr=recipe.refine_rate, betas=(0.8, 0.95))
+    factor = factor_of(recipe.objective)
+    with pyro.get_param_store().scope():
+        for step in range(steps):
+            for group in optimizer.param_groups:  # down to a tenth: the last steps settle
+                group["lr"] = recipe.refine_rate * (1 - 0.9 * step / steps)
+            optimizer.zero_grad()
+            loss = objective.differentiable_loss(model, guide, scan, observed, posterior.theta)
+            loss.backward()
+            optimizer.step()
+            posterior.bounds.append(-float(loss.detach()) / len(scan))
+            if recipe.intensity == "per-scan" and step % 2 == 1:
+                z = posterior.sample(2)
+                updated, background = update_theta(model, z, scan, observed, posterior.theta, factor, recipe.pseudo)
+                if learn_maps and recipe.maps is not None:
+                    updated = updated.with_maps(background_maps(background, model.shape_prior.grid, recipe.maps))
+                posterior.theta = updated
+    return posterior

@@ -1,0 +1,126 @@
+"""Recipes: what stage 2 is made of, by name. The default, the journal-club notes' own model, and two baselines."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from ..errors import InputError
+from ..guides.families import FAMILIES
+from ..models.intensity import PseudoCounts
+from .expectation import MapOptions
+from .objectives import OBJECTIVES
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Options of `fit` and `segment`.
+
+    Attributes:
+        objective: name in `objectives.OBJECTIVES`. guide: family of q(z).
+        shape: `prior`, the learned decoder; `location`, scores 0, f = p_loc.
+        intensity: θ `per-scan` by EM, or `shared` by gradient.
+        classes: intensity classes from the label `table`, or a class for every one of the `labels`.
+        background_components, components: Gaussians of the background's class and of every other class.
+        maps: how background weight maps are learned; None for constant weights.
+        pseudo: conjugate penalty of θ. likelihood_power: β.
+        readout: `marginals`, argmax of the label marginals; `decoder`, argmax of f.
+        em_iterations: EM steps of θ under the location prior, before z is inferred; 0 leaves θ at its start.
+        sleep_steps, steps: training steps of q(z|x) on simulated and on real scans.
+        batch_size, learning_rate: of both.
+        refine_steps, refine_rate: gradient steps per scan that follow the encoder.
+        per_scan_steps: gradient steps per scan where there is no encoder.
+    """
+
+    name: str = "default"
+    objective: str = "marginal"
+    guide: str = "mean-field"
+    shape: Literal["prior", "location"] = "prior"
+    intensity: Literal["per-scan", "shared"] = "per-scan"
+    classes: Literal["table", "labels"] = "table"
+    background_components: int = 4
+    components: int = 1
+    maps: MapOptions | None = field(default_factory=MapOptions)
+    pseudo: PseudoCounts = field(default_factory=PseudoCounts)
+    likelihood_power: float = 0.2
+    readout: Literal["marginals", "decoder"] = "marginals"
+    em_iterations: int = 8
+    sleep_steps: int = 300
+    steps: int = 400
+    batch_size: int = 8
+    learning_rate: float = 1e-3
+    refine_steps: int = 40
+    refine_rate: float = 0.05
+    per_scan_steps: int = 60
+
+    def to_dict(self) -> dict[str, Any]:
+        """For config.json."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        """From config.json."""
+        maps = None if values["maps"] is None else MapOptions(**values["maps"])
+        return cls(**{**values, "maps": maps, "pseudo": PseudoCounts(**values["pseudo"])})
+
+
+def default() -> Recipe:
+    """Per-scan θ by EM, background weight maps, exact marginal, β = 0.2."""
+    return Recipe()
+
+
+def notes() -> Recipe:
+    """The notes' own model: shared θ, one Gaussian a label, constant weights, β = 1, Jensen, decoder argmax."""
+    return Recipe(
+        name="notes",
+        objective="jensen",
+        intensity="shared",
+        classes="labels",
+        background_components=1,
+        components=1,
+        maps=None,
+        likelihood_power=1.0,
+        readout="decoder",
+        em_iterations=0,
+    )
+
+
+def location() -> Recipe:
+    """The location prior alone: argmax p_loc, the scan is not looked at."""
+    return replace(Recipe(), name="location", shape="location", readout="decoder", maps=None, em_iterations=0, per_scan_steps=0)
+
+
+def location_em() -> Recipe:
+    """EM with the location prior as an atlas (Van Leemput et al., IEEE TMI 1999): no shape model, constant weights."""
+    return replace(Recipe(), name="location-em", shape="location", maps=None, em_iterations=25, per_scan_steps=0)
+
+
+RECIPES = {"default": default, "notes": notes, "location": location, "location-em": location_em}
+
+
+def build_recipe(name: str, **changes: Any) -> Recipe:
+    """A recipe by name, with changes; None leaves a value as it is.
+
+    Raises:
+        InputError: unknown name, or a changed value that names nothing.
+    """
+    if name not in RECIPES:
+        raise InputError(f"--recipe {name}: unknown; choose one of {', '.join(sorted(RECIPES))}")
+    return changed_recipe(RECIPES[name](), **changes)
+
+
+def changed_recipe(recipe: Recipe, name: str | None = None, **changes: Any) -> Recipe:
+    """A recipe (or, with a name, that one) with changes; None leaves a value as it is. InputError as `build_recipe`."""
+    if name is not None and name != recipe.name:
+        return build_recipe(name, **changes)
+    changed = replace(recipe, **{key: value for key, value in changes.items() if value is not None})
+    for option, value, known in (
+        ("--objective", changed.objective, set(OBJECTIVES) - {"sleep"}),
+        ("--guide", changed.guide, set(FAMILIES)),
+        ("--intensity", changed.intensity, {"per-scan", "shared"}),
+    ):
+        if value not in known:
+            raise InputError(f"{option} {value}: unknown; choose one of {', '.join(sorted(known))}")
+    if not changed.likelihood_power > 0:
+        raise InputError(f"--likelihood-power {changed.likelihood_power:g}: expected a number above 0")
+    return changed

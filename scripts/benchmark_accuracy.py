@@ -1,0 +1,428 @@
+"""Accuracy on real scans with manual labels: the bare commands, timed, and Dice of every way to infer.
+
+    python scripts/benchmark_accuracy.py --data DIR --set hippocampus --out OUT
+
+DIR/hippocampus holds prior/*_dseg.nii.gz, dev/scans/*_T1w.nii.gz, dev/truth/*_dseg.nii.gz, labels.tsv
+(index, name) and groups.tsv (index, group). Each stage works in OUT/<stage>; one that is done (done.json) is
+not run again, unless one it builds on was. Results: summary.md, TSV tables and figures in OUT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+import xarray as xr
+from scipy import ndimage
+
+from ppl_seg import __version__, load_model
+from ppl_seg.data import tables as label_tables
+from ppl_seg.data.cohort import find_label_maps, find_scans
+from ppl_seg.data.images import read_label_map, write_image
+from ppl_seg.data.names import match_files, output_location, parse_name
+from ppl_seg.errors import InputError
+from ppl_seg.results import charts, metrics
+from ppl_seg.results.atomic import write_text
+from ppl_seg.results.diagnostics import Reliability, reliability
+from ppl_seg.results.tables import read_table, write_table
+
+METHODS = {
+    "0": "location prior",
+    "a": "location prior + EM",
+    "n": "the notes' recipe",
+    "b": "per-scan inference",
+    "c": "amortised",
+    "d": "amortised + refined",
+    "f": "fitted to other persons",
+    "e-f": "z of the truth, decoder",
+    "e-r": "z of the truth, marginals",
+}
+BY_API = {"0": ("recipe", "location"), "a": ("recipe", "location-em")}
+BY_API |= {"e-f": ("readout", "decoder"), "e-r": ("readout", "marginals")}
+REFINED = {"b": (), "c": ("--refine", "0"), "d": ()}  # what `segment` gets beside the model
+BUDGET = ("prior", "fit", "segment-d"), 30 * 60  # stages and seconds
+STEPS = (0, 10, 20, 40, 80)
+NEAR = 3  # voxels around the structures that count for the reliability: easy background dilutes errors
+Rows = list[dict[str, Any]]
+Segmented = dict[Path, Path]  # scan -> its label map
+Groups = dict[str, tuple[int, ...]]  # structure -> label values
+
+
+@dataclass(frozen=True)
+class Case:
+    """A scan, its manual labels, and whose scan it is."""
+
+    scan: Path
+    truth: Path
+    person: str
+
+
+@dataclass
+class Stages:
+    """Runs each stage once, in OUT/<stage>.part, which becomes OUT/<stage> when it is done."""
+
+    out: Path
+    done: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def run(self, name: str, command: list[str], needs: Iterable[str], work: Callable[[Path], None]) -> Path:
+        """The stage's folder, made by `work`; used again where `command`, which says what it does, is the same."""
+        folder, part = self.out / name, self.out / f"{name}.part"
+        if folder.exists() and not self._fresh(folder, command, needs):
+            shutil.rmtree(folder)
+        if not folder.exists():
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            print(f"== {name}: {' '.join(command)[:300]}", flush=True)
+            began, start = time.time(), time.perf_counter()
+            work(part)
+            record: dict[str, Any] = {"seconds": time.perf_counter() - start, "began": began}
+            record |= {"finished": time.time(), "command": command, "version": __version__}
+            write_text(part / "done.json", json.dumps(record, indent=1))
+            part.rename(folder)
+        self.done[name] = json.loads((folder / "done.json").read_text(encoding="utf-8"))
+        return folder
+
+    def _fresh(self, folder: Path, command: list[str], needs: Iterable[str]) -> bool:
+        """Whether a finished stage is younger than what it builds on."""
+        marker = folder / "done.json"
+        record = json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else {}
+        if record.get("command") != command:
+            raise InputError(f"{folder}: not made by these options; remove it, or choose another --out")
+        return all(self.done[need]["finished"] <= record["began"] for need in needs)
+
+    def command(self, name: str, words: Sequence[str | Path], needs: Iterable[str] = ()) -> Path:
+        """`ppl-seg WORDS --out OUT/<name>/result`: the folder of results."""
+        line = [str(word) for word in words]
+
+        def work(part: Path) -> None:
+            command = [sys.executable, "-m", "ppl_seg", *line, "--out", str(part / "result")]
+            status = subprocess.run(command).returncode
+            if status == 1 and line[0] == "segment":
+                print(f"{name}: some scans failed; they count as Dice 0", file=sys.stderr)
+            elif status:
+                raise InputError(f"{name}: ppl-seg {line[0]} ended with status {status}, see above")
+
+        return self.run(name, ["ppl-seg", *line], needs, work) / "result"
+
+
+@dataclass
+class Benchmark:
+    """What all rows share."""
+
+    stages: Stages
+    scans: Path
+    cases: list[Case]
+    groups: Groups
+    names: dict[str, list[str]]  # structure -> names of its labels
+    prior: Path
+    fit_options: list[str]
+
+    def label_map(self, folder: Path, case: Case) -> Path:
+        """Where `segment --out folder` puts the label map of a scan."""
+        below, stem = output_location(case.scan, self.scans)
+        return folder / below / f"{stem}_dseg.nii.gz"
+
+    def fit(self, name: str, *options: str, scans: Sequence[Path] = ()) -> Path:
+        words = ["fit", *(scans or [self.scans]), "--prior", self.prior, *options, *self.fit_options]
+        return self.stages.command(name, words, ["prior"])
+
+    def segment(self, name: str, model: Path, *options: str, scans: Sequence[Path] = ()) -> Segmented:
+        words = ["segment", *(scans or [self.scans]), "--model", model, *options]
+        folder = self.stages.command(f"segment-{name}", words, ["prior", model.parent.name])
+        cases = [case for case in self.cases if not scans or case.scan in scans]
+        return {case.scan: self.label_map(folder, case) for case in cases}
+
+    def segment_by_api(self, row: str) -> Segmented:
+        """Rows that no command has: without a shape prior, and with z encoded from the true label map."""
+        key, value = BY_API[row]
+        encoded = key == "readout"  # z from the truth, the rest as in rows c and d where they were run
+        source = "fit" if encoded and "fit" in self.stages.done else "prior"
+
+        def work(part: Path) -> None:
+            model = load_model(self.stages.out / source / "result")
+            for case in self.cases:
+                options: dict[str, Any] = {key: value} | ({"shape_from": case.truth} if encoded else {})
+                result = model.segment(case.scan, **options)
+                write_image(self.label_map(part, case), result.label_map, result.image)
+
+        command = ["Model.segment", source, f"{key}={value}", *(["shape_from=truth"] if encoded else [])]
+        folder = self.stages.run(f"segment-{row}", command, [source], work)
+        return {case.scan: self.label_map(folder, case) for case in self.cases}
+
+    def segment_row(self, row: str, objective: str | None, best: str) -> Segmented:
+        if row in BY_API:
+            return self.segment_by_api(row)
+        if row == "n":
+            model = self.fit("fit-n", "--recipe", "notes")
+            return self.segment("n", model, "--readout", "decoder")  # the notes' own
+        if row == "f":
+            return self.segment_other_half("d" if best == "b" else best)
+        options, end = (["--objective", objective], f"-{objective}") if objective else ([], "")
+        model = self.prior if row == "b" else self.fit(f"fit{end}", *options)
+        return self.segment(row + end, model, *REFINED[row], *options)
+
+    def segment_other_half(self, row: str) -> Segmented:
+        """Fitted to half of the persons, the other half segmented, both ways."""
+        persons = sorted({case.person for case in self.cases})
+        halves = [[c.scan for c in self.cases if c.person in persons[half::2]] for half in (0, 1)]
+        found: Segmented = {}
+        for half in (0, 1):
+            model = self.fit(f"fit-f{half}", scans=halves[half])
+            found |= self.segment(f"f{half}-{row}", model, *REFINED[row], scans=halves[1 - half])
+        return found
+
+    def scores(self, row: str, found: Segmented) -> Rows:
+        """A row a scan and structure, with `mean` over structures and `whole`, all labels as one."""
+        rows: Rows = []
+        for case in self.cases:
+            truth, path = read_label_map(case.truth), found[case.scan]
+            labels = np.zeros_like(truth.data)  # what a failed scan gets
+            if path.is_file():
+                labels = np.asarray(nib.load(path).dataobj).astype(np.int32)
+            scores = metrics.evaluate_pair(labels, truth.data, truth.spacing, self.groups)
+            mean: dict[str, Any] = {"structure": "mean", "missed": sum(s["missed"] for s in scores)}
+            for name in ("dice", "hd95_mm", "asd_mm"):
+                present = [s[name] for s in scores if not np.isnan(s[name])]
+                mean[name] = float(np.mean(present)) if present else float("nan")
+            whole = metrics.evaluate_pair(labels > 0, truth.data > 0, truth.spacing, {"whole": (1,)})
+            keys = {"row": row, "scan": case.scan.name, "person": case.person}
+            rows += [{**keys, **s} for s in (*scores, mean, *whole)]
+        return rows
+
+    def volume_coverage(self, found: Segmented) -> dict[str, float]:
+        """Structure -> share of scans whose true volume lies between the draws' 5 and 95 % (0.9 is wanted)."""
+        inside: dict[str, list[bool]] = {name: [] for name in self.groups}
+        for case in self.cases:
+            path = found[case.scan]
+            posterior = path.with_name(path.name.replace("_dseg.nii.gz", "_posterior.nc"))
+            if not posterior.is_file():
+                continue
+            truth = read_label_map(case.truth)
+            with xr.open_dataset(posterior, group="posterior", engine="h5netcdf") as data:
+                for name, values in self.groups.items():
+                    draws = data["volume"].sel(structure=self.names[name]).sum("structure").values
+                    low, high = np.quantile(draws, [0.05, 0.95])
+                    volume = np.isin(truth.data, values).sum() * truth.voxel_volume
+                    inside[name].append(bool(low <= volume <= high))
+        return {name: float(np.mean(hits)) for name, hits in inside.items() if hits}
+
+    def spread(self, count: int) -> list[Case]:
+        """So many cases, evenly over the set."""
+        places = np.linspace(0, len(self.cases) - 1, min(count, len(self.cases)))
+        return [self.cases[int(place)] for place in np.unique(places.round())]
+
+    def dice_by_step(self, fit: str, figure: Path) -> None:
+        """Mean Dice and the exact bound of eight scans against the number of refinement steps."""
+
+        def work(part: Path) -> None:
+            model = load_model(self.stages.out / fit / "result")
+            rows: Rows = []
+            for case in self.spread(8):
+                truth = read_label_map(case.truth)
+                for steps in STEPS:
+                    result = model.segment(case.scan, refine=steps)
+                    scores = metrics.evaluate_pair(result.label_map, truth.data, truth.spacing, self.groups)
+                    row = {"scan": case.scan.name, "step": steps, "bound_per_voxel": bound_of(result)}
+                    rows.append({**row, "dice": float(np.nanmean([s["dice"] for s in scores]))})
+            write_table(part / "steps.tsv", rows)
+
+        folder = self.stages.run(f"steps-{fit}", ["Model.segment", f"refine in {STEPS}"], [fit], work)
+        curves: dict[str, dict[str, tuple[list[float], list[float]]]] = {"dice": {}, "bound_per_voxel": {}}
+        for row in read_table(folder / "steps.tsv"):
+            for key, of_scan in curves.items():
+                steps, values = of_scan.setdefault(row["scan"].split(".")[0], ([], []))
+                steps.append(float(row["step"]))
+                values.append(float(row[key]))
+        charts.dice_steps_figure(curves["dice"], curves["bound_per_voxel"], figure, "Refinement of q(z|x)")
+
+    def reliability(self, fit: str) -> Reliability:
+        """Label marginals of ten scans against the truth, near the structures."""
+
+        def work(part: Path) -> None:
+            model, curves = load_model(self.stages.out / fit / "result"), []
+            for case in self.spread(10):
+                result = model.segment(case.scan, keep_probabilities=True)
+                assert result.probabilities is not None
+                truth = result.table.to_positions(read_label_map(case.truth).data, case.truth)
+                near = ndimage.binary_dilation((truth > 0) | (result.label_map > 0), iterations=NEAR)
+                curves.append(reliability(result.probabilities, truth, near))
+            np.savez(part / "curve.npz", **vars(sum(curves[1:], curves[0])))
+
+        folder = self.stages.run(f"reliability-{fit}", ["Model.segment", f"near={NEAR}"], [fit], work)
+        with np.load(folder / "curve.npz") as stored:
+            return Reliability(**dict(stored))
+
+
+def bound_of(result: Any) -> float:
+    """β E_q[log p(x|z)] − KL(q ‖ p), over all draws, per observed voxel: less noisy than one draw's."""
+    power = result.provenance["options"]["recipe"]["likelihood_power"]
+    expected = power * float(result.sample_stats["log_evidence"].mean())
+    return (expected - float(result.bound["kl"])) / int(result.observed.any(0).sum())
+
+
+def read_cases(folder: Path) -> list[Case]:
+    """Scans of dev/scans with their label maps in dev/truth."""
+    scans = [(found.path, found.base) for found in find_scans([folder / "dev" / "scans"])]
+    truths = [(found.path, found.base) for found in find_label_maps([folder / "dev" / "truth"])]
+    pairs, alone, _ = match_files(scans, truths)
+    if alone:
+        raise InputError(f"{alone[0]}: no label map in {folder / 'dev' / 'truth'} matches it")
+    return [Case(scan, truth, parse_name(scan).entities.get("sub", scan.name)) for scan, truth in pairs]
+
+
+def summarise(scores: Rows, coverage: dict[str, dict[str, float]]) -> Rows:
+    """Means with 95 % bootstrap intervals over persons; `gain` is the paired difference of Dice to row a."""
+    table: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for s in scores:
+        table.setdefault((s["row"], s["structure"]), {})[s["scan"]] = s
+    summary = []
+    for (row, structure), of_scan in table.items():
+        persons, base = [s["person"] for s in of_scan.values()], table.get(("a", structure), {})
+        dice = [s["dice"] for s in of_scan.values()]
+        before = [base[scan]["dice"] if scan in base else float("nan") for scan in of_scan]
+        cells: dict[str, Any] = {"row": row, "method": method_of(row), "structure": structure}
+        for key, (mean, low, high) in {
+            "dice": metrics.bootstrap_interval(dice, persons),
+            "gain": metrics.paired_difference_interval(dice, before, persons),
+            "hd95_mm": metrics.bootstrap_interval([s["hd95_mm"] for s in of_scan.values()], persons),
+            "asd_mm": metrics.bootstrap_interval([s["asd_mm"] for s in of_scan.values()], persons),
+        }.items():
+            cells |= {key: mean, f"{key}_low": low, f"{key}_high": high}
+        cells |= {"worst_dice": float(np.nanmin(dice)), "missed": sum(s["missed"] for s in of_scan.values())}
+        cells |= {"volume_coverage": coverage[row].get(structure, float("nan")), "scans": len(of_scan)}
+        summary.append(cells)
+    return summary
+
+
+def method_of(row: str) -> str:
+    """`d-jensen` -> amortised + refined, jensen."""
+    return METHODS[row] if row in METHODS else f"{METHODS[row.removesuffix('-jensen')]}, jensen"
+
+
+def best_of(dice: dict[str, float]) -> str:
+    """The row of b, c, d with the highest mean Dice; d where none was run."""
+    return max((row for row in REFINED if row in dice), key=lambda row: dice[row], default="d")
+
+
+def budget(seconds: dict[str, float]) -> str:
+    """Prior + fit + segment (row d) against half an hour."""
+    stages, most = BUDGET
+    if missing := [stage for stage in stages if stage not in seconds]:
+        return f"Budget: not measured (no {', '.join(missing)})."
+    total, parts = sum(seconds[s] for s in stages), " + ".join(f"{seconds[s]:.0f}" for s in stages)
+    machine = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads of torch"
+    verdict = "kept" if total <= most else "EXCEEDED"
+    return f"Budget: prior + fit + segment = {parts} = {total:.0f} s of {most} s, {verdict} ({machine})."
+
+
+def interval(cells: dict[str, Any], key: str, sign: str = "") -> str:
+    """`0.781 [0.770, 0.792]`, or a dash."""
+    mean, low, high = (cells[name] for name in (key, f"{key}_low", f"{key}_high"))
+    return "–" if np.isnan(mean) else f"{mean:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
+
+
+def page(bench: Benchmark, summary: Rows, curves: dict[str, Reliability]) -> str:
+    """The page to read: one line a row, what was to be reached, seconds of each stage."""
+    cells = {(s["row"], s["structure"]): s for s in summary}
+    dice = {s["row"]: float(s["dice"]) for s in summary if s["structure"] == "mean"}
+    persons = len({case.person for case in bench.cases})
+    head = ["row", "Dice of", *bench.groups, "mean [95 %]", "whole", "HD95 mm"]
+    head += ["mean − (a) [95 %]", "worst scan", "volumes in 5–95 %"]
+    lines = [f"{len(bench.cases)} scans of {persons} persons; intervals by bootstrap over persons."]
+    lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in dice:
+        mean, parts = cells[row, "mean"], [cells[row, name] for name in bench.groups]
+        line = [row, method_of(row), *(f"{part['dice']:.3f}" for part in parts), interval(mean, "dice")]
+        line += [f"{cells[row, 'whole']['dice']:.3f}", f"{mean['hd95_mm']:.2f}", interval(mean, "gain", "+")]
+        covered = [part["volume_coverage"] for part in parts]
+        line += [f"{mean['worst_dice']:.3f}", ", ".join("–" if np.isnan(c) else f"{c:.0%}" for c in covered)]
+        lines.append(f"| {' | '.join(line)} |")
+    if (best := best_of(dice)) in dice:
+        gain = interval(cells[best, "mean"], "gain", "+")
+        lines += ["", f"- Best of b–d: {best}, mean Dice {dice[best]:.3f}; minus (a): {gain}."]
+        lines += [f"- (f) minus {best}: {dice['f'] - dice[best]:+.3f}."] if "f" in dice else []
+    for name, curve in curves.items():
+        error = curve.expected_calibration_error
+        lines.append(f"- Calibration error (ECE) within {NEAR} voxels of the structures, {name}: {error:.3f}.")
+    seconds = {name: float(record["seconds"]) for name, record in bench.stages.done.items()}
+    lines += [f"- {budget(seconds)}", "", "| stage | seconds |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {name} | {value:.1f} |" for name, value in seconds.items())]) + "\n"
+
+
+def open_benchmark(arguments: argparse.Namespace) -> Benchmark:
+    """Read what is there, and learn the prior."""
+    if arguments.set == "oasis":
+        raise InputError("--set oasis needs registration to the prior, which a later version brings")
+    data, stages = (arguments.data / arguments.set).resolve(), Stages(arguments.out.resolve())
+    cases, groups = read_cases(data), metrics.read_groups(data / "groups.tsv")
+    table = label_tables.read_table(data / "labels.tsv")
+    known = dict(zip(table.indices.tolist(), table.names, strict=True))
+    names = {group: [known[value] for value in values] for group, values in groups.items()}
+    few, many = ([] if n is None else ["--steps", str(n)] for n in (arguments.prior_steps, arguments.fit_steps))
+    prior = stages.command("prior", ["prior", data / "prior", "--labels", data / "labels.tsv", *few])
+    return Benchmark(stages, data / "dev" / "scans", cases, groups, names, prior, many)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    bench, out = open_benchmark(arguments), arguments.out
+    scores: Rows = []
+    coverage: dict[str, dict[str, float]] = {}
+    for row in (row for row in METHODS if row in arguments.rows):
+        for objective in (None, "jensen") if arguments.jensen and row in REFINED else (None,):
+            means = {s["row"]: s["dice"] for s in summarise(scores, coverage) if s["structure"] == "mean"}
+            found = bench.segment_row(row, objective, best_of(means))
+            name = f"{row}-{objective}" if objective else row
+            scores += bench.scores(name, found)
+            coverage[name] = bench.volume_coverage(found)
+    summary = summarise(scores, coverage)
+    write_table(out / "scores.tsv", scores)
+    write_table(out / "summary.tsv", summary)
+    bars = [{"method": f"({s['row']}) {s['method']}", "measure": s["structure"], "mean": s["dice"],
+             "low": s["dice_low"], "high": s["dice_high"]} for s in summary]  # fmt: skip
+    charts.benchmark_figure(bars, out / "benchmark.png")
+    curves: dict[str, Reliability] = {}
+    for fit, objective in (("fit", "marginal"), ("fit-jensen", "jensen")):
+        if fit in bench.stages.done:
+            bench.dice_by_step(fit, out / f"steps_{objective}.png")
+            curves[objective] = bench.reliability(fit)
+    if curves:
+        title = f"Label marginals within {NEAR} voxels of the structures"
+        charts.reliability_figure(curves, out / "reliability.png", title)
+    text = page(bench, summary, curves)
+    write_text(out / "summary.md", text)
+    print(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder that holds the set")
+    parser.add_argument("--set", choices=("hippocampus", "oasis"), required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rows", default=",".join(METHODS), help="default: %(default)s")
+    parser.add_argument("--jensen", action=argparse.BooleanOptionalAction, default=True, help="with b, c, d")
+    parser.add_argument("--prior-steps", type=int, help="for a quick try: steps of `prior`")
+    parser.add_argument("--fit-steps", type=int, help="for a quick try: steps of `fit`")
+    arguments = parser.parse_args()
+    arguments.rows = arguments.rows.split(",")
+    if unknown := set(arguments.rows) - set(METHODS):
+        parser.error(f"unknown rows {', '.join(sorted(unknown))}; choose among {', '.join(METHODS)}")
+    try:
+        run(arguments)
+    except InputError as error:
+        sys.exit(f"benchmark_accuracy: {error}")
+
+
+if __name__ == "__main__":
+    main()

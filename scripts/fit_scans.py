@@ -1,0 +1,60 @@
+"""Fit q(z|x), θ and the background's maps to unlabelled scans under a prior, with plain Pyro.
+
+    python scripts/fit_scans.py scans/*_T1w.nii.gz --prior prior.pt --out fitted.pt --elbo enum
+"""
+
+import argparse
+from pathlib import Path
+
+import pyro
+import torch
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
+
+from ppl_seg.data import grids, labels, loading
+from ppl_seg.guides.families import FAMILIES
+from ppl_seg.inference import expectation, networks, posterior, recipes
+from ppl_seg.inference.objectives import Jensen, Marginal
+from ppl_seg.models.normalisation import normalise
+
+ELBOS = {"marginal": Marginal, "jensen": Jensen, "trace": Trace_ELBO, "enum": TraceEnum_ELBO}
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("scans", nargs="+", type=Path)
+parser.add_argument("--prior", required=True)
+parser.add_argument("--out", required=True)
+parser.add_argument("--guide", choices=FAMILIES, default="mean-field")
+parser.add_argument("--elbo", choices=ELBOS, default="marginal")
+parser.add_argument("--epochs", type=int, default=100)
+args = parser.parse_args()
+pyro.set_rng_seed(0)
+
+saved = torch.load(args.prior, weights_only=True)
+table, grid = labels.LabelTable.from_dict(saved["table"]), grids.Grid.from_dict(saved["grid"])
+location = saved["prior"]["log_location_prior"].exp()
+prior = networks.build_shape_prior(location, "convolutional", saved["latent"])
+prior.load_state_dict(saved["prior"])
+recipe = recipes.build_recipe("default", objective=args.elbo, guide=args.guide)
+model = networks.build_segmentation_model(prior, table.class_of_label, 1, recipe)  # freezes the prior
+guide = networks.build_scan_guide(args.guide, saved["latent"], 1, grid.shape)
+factor = posterior.factor_of(args.elbo)  # q(s|·) of the bound, which θ is learned from: f for jensen, else r
+
+placed = []
+for own in (loading.load_scan([path]) for path in args.scans):
+    normalised = normalise(own.intensities[None], own.observed[None])[0]
+    placed.append(loading.scan_on_grid(normalised, own.observed, own.image, grid, "center")[:2])
+scans, observed = (torch.stack(part) for part in zip(*placed, strict=True))  # (n, 1, *grid)
+
+theta, losses = posterior.start_theta(model, scans, observed, recipe), []
+with pyro.get_param_store().scope():  # the store is global: this training's parameters leave with the scope
+    elbo = ELBOS[args.elbo](max_plate_nesting=model.max_plate_nesting)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), loss=elbo)
+    for epoch in range(args.epochs):  # gradient steps on q at the present θ, then an M-step at draws of q
+        batches = torch.randperm(len(scans)).split(8)
+        losses.append(sum(svi.step(scans[b], observed[b], theta.select(b)) for b in batches) / scans.numel())
+        with torch.no_grad():
+            z = guide.posterior(scans, observed).sample((2,))
+        theta, background = expectation.update_theta(model, z, scans, observed, theta, factor)
+        theta = theta.with_maps(expectation.background_maps(background, grid.shape, expectation.MapOptions()))
+        print(f"epoch {epoch + 1} of {args.epochs}: loss per voxel {losses[-1]:.4f}", flush=True)
+fitted = {"guide": guide.state_dict(), "maps": theta.background_log_weight, "recipe": recipe.to_dict()}
+torch.save(saved | fitted | {"losses": losses}, args.out)  # no objects: weights_only=True reads it

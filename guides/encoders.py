@@ -21,7 +21,13 @@ class ConvolutionalEncoder(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, grid: Sequence[int], num_outputs: int, width: int = 16, levels: int = 3, hidden: int = 128
+        self,
+        in_channels: int,
+        grid: Sequence[int],
+        num_outputs: int,
+        width: int = 16,
+        levels: int = 3,
+        hidden: int = 128,
     ) -> None:
         super().__init__()
         dims = len(grid)

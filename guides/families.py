@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from pyro import distributions as dist
@@ -19,7 +20,14 @@ def _scale(raw: Tensor) -> Tensor:
     return functional.softplus(raw + _UNIT) + SCALE_FLOOR
 
 
-class MeanField(nn.Module):
+class Family(nn.Module):
+    """A family of q(z): `num_parameters` raw numbers a scan to a distribution with event shape (D,)."""
+
+    latent_dim: int
+    num_parameters: int
+
+
+class MeanField(Family):
     """Independent normals; raw = (loc, scale), 2 D numbers. Raw zeros give (nearly) N(0, I)."""
 
     def __init__(self, latent_dim: int) -> None:
@@ -33,7 +41,7 @@ class MeanField(nn.Module):
         return dist.Normal(z_loc, _scale(z_scale)).to_event(1)
 
 
-class LowRank(nn.Module):
+class LowRank(Family):
     """N(loc, W Wᵀ + diag(d)) with W of D × rank; raw = (loc, d, W), D (2 + rank) numbers."""
 
     start: Tensor
@@ -73,7 +81,7 @@ class _LowRankNormal(dist.LowRankMultivariateNormal):
 
 
 @register_kl(LowRankMultivariateNormal, Independent)
-def _kl_low_rank_to_normal(q: LowRankMultivariateNormal, p: Independent) -> Tensor:
+def _kl_low_rank_to_normal(q: LowRankMultivariateNormal, p: Independent[Any]) -> Tensor:
     """½ Σ_i [(Σ_ii + (μ_i − m_i)²)/s_i² − 1 + log s_i²] − ½ log det Σ: a normal to independent normals."""
     if not isinstance(p.base_dist, Normal) or p.reinterpreted_batch_ndims != 1:
         raise NotImplementedError
@@ -87,10 +95,10 @@ def _kl_low_rank_to_normal(q: LowRankMultivariateNormal, p: Independent) -> Tens
     return 0.5 * ((spread / variance - 1 + variance.log()).sum(-1) - log_det)
 
 
-FAMILIES: dict[str, Callable[..., nn.Module]] = {"mean-field": MeanField, "low-rank": LowRank}
+FAMILIES: dict[str, Callable[..., Family]] = {"mean-field": MeanField, "low-rank": LowRank}
 
 
-def build_family(name: str, latent_dim: int, **options: int) -> nn.Module:
+def build_family(name: str, latent_dim: int, **options: int) -> Family:
     """A family by name.
 
     Raises:

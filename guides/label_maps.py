@@ -9,6 +9,8 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .families import Family
+
 
 class LabelMapGuide(PyroModule):
     """q(z | s) from one-hot label maps; unobserved voxels are zero in every channel.
@@ -17,7 +19,7 @@ class LabelMapGuide(PyroModule):
         encoder: (B, M, *grid) → raw parameters. family: raw parameters → distribution. num_labels: M.
     """
 
-    def __init__(self, encoder: nn.Module, family: nn.Module, num_labels: int) -> None:
+    def __init__(self, encoder: nn.Module, family: Family, num_labels: int) -> None:
         super().__init__()
         self.label_encoder, self.family, self.num_labels = encoder, family, num_labels
 

@@ -9,6 +9,8 @@ from pyro import distributions as dist
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from .families import Family
+
 
 class PerScanGuide(PyroModule):
     """q(z) of a fixed batch of scans.
@@ -17,7 +19,7 @@ class PerScanGuide(PyroModule):
         family: raw parameters → distribution. raw: where to start, (B, P): zeros for the prior, or an encoder's output.
     """
 
-    def __init__(self, family: nn.Module, raw: Tensor) -> None:
+    def __init__(self, family: Family, raw: Tensor) -> None:
         super().__init__()
         self.family = family
         self.raw = nn.Parameter(raw.detach().clone())

@@ -10,6 +10,8 @@ from pyro import distributions as dist
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from .families import Family
+
 
 class ScanGuide(PyroModule):
     """q(z | x) from normalised scans and what of them is observed; the encoder sees 2 C channels.
@@ -18,7 +20,7 @@ class ScanGuide(PyroModule):
         encoder: (B, 2 C, *grid) → raw parameters. family: raw parameters → distribution.
     """
 
-    def __init__(self, encoder: nn.Module, family: nn.Module) -> None:
+    def __init__(self, encoder: nn.Module, family: Family) -> None:
         super().__init__()
         self.scan_encoder, self.family = encoder, family
 

@@ -21,10 +21,10 @@ def halved(grid: Sequence[int], times: int) -> tuple[int, ...]:
 
 def convolution(dims: int, inputs: int, outputs: int, stride: int = 1) -> nn.Module:
     """A 3-wide convolution in 2-D or 3-D."""
-    kind = {2: nn.Conv2d, 3: nn.Conv3d}[dims]
-    layer: nn.Module = kind(inputs, outputs, 3, stride=stride, padding=1)
+    layer = (nn.Conv2d if dims == 2 else nn.Conv3d)(inputs, outputs, 3, stride=stride, padding=1)
     # torch's default shrinks the signal layer by layer, and z is not heard of at the output.
     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    assert layer.bias is not None
     nn.init.zeros_(layer.bias)
     return layer
 

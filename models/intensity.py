@@ -42,7 +42,10 @@ class IntensityParameters:
         """θ on a device."""
         maps = self.background_log_weight
         return IntensityParameters(
-            self.mean.to(device), self.sd.to(device), self.log_weight.to(device), None if maps is None else maps.to(device)
+            self.mean.to(device),
+            self.sd.to(device),
+            self.log_weight.to(device),
+            None if maps is None else maps.to(device),
         )
 
     def with_maps(self, background_log_weight: Tensor | None) -> IntensityParameters:
@@ -185,9 +188,15 @@ class IntensityModel(nn.Module):
         sd = (squares / (n + pseudo.sd_count).clamp(min=tiny)).clamp(min=SD_FLOOR**2).sqrt()
         alpha = count + pseudo.weight
         log_weight = torch.cat(
-            [(a / a.sum(1, keepdim=True).clamp(min=tiny)).clamp(min=tiny).log() for a in (alpha[:, s] for s in self.slices)], 1
+            [
+                (a / a.sum(1, keepdim=True).clamp(min=tiny)).clamp(min=tiny).log()
+                for a in (alpha[:, s] for s in self.slices)
+            ],
+            1,
         )
-        empty_class = torch.cat([(count[:, s].sum(1, keepdim=True) <= 1e-8).expand_as(count[:, s]) for s in self.slices], 1)
+        empty_class = torch.cat(
+            [(count[:, s].sum(1, keepdim=True) <= 1e-8).expand_as(count[:, s]) for s in self.slices], 1
+        )
         empty = n <= 1e-8
         return IntensityParameters(
             torch.where(empty, previous.mean, mean),

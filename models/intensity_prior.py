@@ -15,7 +15,9 @@ class IntensityPrior:
     weights ~ Dirichlet(1) within each class.
     """
 
-    def __init__(self, intensity: IntensityModel, spread: float = 0.15, sd_range: tuple[float, float] = (0.03, 0.15)) -> None:
+    def __init__(
+        self, intensity: IntensityModel, spread: float = 0.15, sd_range: tuple[float, float] = (0.03, 0.15)
+    ) -> None:
         self.intensity, self.spread, self.sd_range = intensity, spread, sd_range
 
     def sample(self, num_scans: int, generator: torch.Generator | None = None) -> IntensityParameters:
@@ -51,4 +53,6 @@ class SharedIntensity(nn.Module):
     def forward(self) -> IntensityParameters:
         """θ at the present values."""
         log_weight = torch.cat([self.weight_logits[:, s].log_softmax(1) for s in self.slices], 1)
-        return IntensityParameters(self.mean, self.log_sd.exp().clamp(min=SD_FLOOR), log_weight, self.background_log_weight)
+        return IntensityParameters(
+            self.mean, self.log_sd.exp().clamp(min=SD_FLOOR), log_weight, self.background_log_weight
+        )

@@ -31,7 +31,9 @@ class LabelField(TorchDistribution):
     @constraints.dependent_property(is_discrete=True)
     def support(self) -> Any:
         """Label positions 0..M-1; the event is the grid."""
-        return constraints.independent(constraints.integer_interval(0, self.logits.shape[-2] - 1), len(self.event_shape))
+        return constraints.independent(
+            constraints.integer_interval(0, self.logits.shape[-2] - 1), len(self.event_shape)
+        )
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> LabelField:
         """The same distribution with logits of a wider batch shape."""

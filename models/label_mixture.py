@@ -30,7 +30,12 @@ class LabelMixture(TorchDistribution):
     has_rsample = False
 
     def __init__(
-        self, scores: Tensor, log_location_prior: Tensor, theta: IntensityParameters, intensity: IntensityModel, observed: Tensor
+        self,
+        scores: Tensor,
+        log_location_prior: Tensor,
+        theta: IntensityParameters,
+        intensity: IntensityModel,
+        observed: Tensor,
     ) -> None:
         self.grid = tuple(log_location_prior.shape[1:])
         dims = len(self.grid)
@@ -39,7 +44,9 @@ class LabelMixture(TorchDistribution):
         self.theta, self.intensity = theta, intensity
         self.observed = observed.expand(-1, intensity.channels, *self.grid).flatten(2)
         super().__init__(
-            batch_shape=self.scores.shape[:-2], event_shape=torch.Size((intensity.channels, *self.grid)), validate_args=False
+            batch_shape=self.scores.shape[:-2],
+            event_shape=torch.Size((intensity.channels, *self.grid)),
+            validate_args=False,
         )
 
     @constraints.dependent_property(is_discrete=False)

@@ -84,7 +84,13 @@ def _theta_of(arguments: tuple[Tensor | None, ...], voxels: slice) -> IntensityP
 class _VoxelFactor(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, scores: Tensor, log_prior: Tensor, scan: Tensor, observed: Tensor, settings: tuple[IntensityModel, int, bool], *arguments: Tensor | None
+        ctx: Any,
+        scores: Tensor,
+        log_prior: Tensor,
+        scan: Tensor,
+        observed: Tensor,
+        settings: tuple[IntensityModel, int, bool],
+        *arguments: Tensor | None,
     ) -> Tensor:
         intensity, chunk, expected = settings
         dtype = torch.promote_types(scores.dtype, torch.promote_types(scan.dtype, torch.float32))
@@ -116,7 +122,9 @@ class _VoxelFactor(torch.autograd.Function):
         for voxels in _chunks(scores.shape[-1], chunk):
             a = scores[..., voxels].to(grad_output.dtype) + log_prior[:, voxels]
             seen = observed[..., voxels]
-            leaves = [None if x is None else x.detach().requires_grad_(w) for x, w in zip(arguments, wanted, strict=True)]
+            leaves = [
+                None if x is None else x.detach().requires_grad_(w) for x, w in zip(arguments, wanted, strict=True)
+            ]
             with torch.set_grad_enabled(any(wanted)):
                 ell = intensity.label_log_prob(scan[..., voxels], seen, _theta_of(tuple(leaves), voxels))
             f = a.softmax(-2)
@@ -132,10 +140,10 @@ class _VoxelFactor(torch.autograd.Function):
                 grad_scores[..., voxels] = (grad_a * weight).to(scores.dtype)
             if any(wanted):
                 outer = (grad_ell * weight).reshape(-1, batch, *ell.shape[1:]).sum(0)
-                targets = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want]
-                found = iter(torch.autograd.grad(ell, targets, outer.expand_as(ell), allow_unused=True))
-                for i, want in enumerate(wanted):
-                    part = next(found) if want else None
+                targets = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+                found = torch.autograd.grad(ell, targets, outer.expand_as(ell), allow_unused=True)
+                sums = [total for total in grad_theta if total is not None]
+                for total, part in zip(sums, found, strict=True):
                     if part is not None:
-                        grad_theta[i] += part
+                        total += part
         return (grad_scores, None, None, None, None, *grad_theta)

@@ -33,8 +33,7 @@ from ppl_seg.cli_options import (
 from ppl_seg.cli_support import NOTHING_DONE, fail, guarded, say, show_summary, show_table, watched
 
 app = typer.Typer(
-    help="Label maps teach an anatomical prior; unlabelled scans of any contrast get segmentations with "
-    "uncertainty.",
+    help="Label maps teach an anatomical prior; unlabelled scans of any contrast get segmentations with uncertainty.",
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -88,13 +87,9 @@ def prior(
         float | None, typer.Option(metavar="MM", help="Voxel size of the prior's grid; default: the maps'.")
     ] = None,
     align: Align = None,
-    latent_dim: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Dimensions of the latent shape.")
-    ] = None,
+    latent_dim: Annotated[int | None, typer.Option(min=1, metavar="N", help="Dimensions of the latent shape.")] = None,
     guide: Annotated[str, typer.Option(metavar="NAME", help="mean-field, low-rank.")] = "mean-field",
-    objective: Annotated[str, typer.Option(metavar="marginal|trace", help="KL analytic or sampled.")] = (
-        "marginal"
-    ),
+    objective: Annotated[str, typer.Option(metavar="marginal|trace", help="KL analytic or sampled.")] = ("marginal"),
     steps: Steps = None,
     seed: Seed = 0,
     device: DeviceOption = Device.auto,
@@ -143,9 +138,7 @@ def fit(
     ] = "default",
     objective: Objective = None,
     guide: Guide = None,
-    intensity: Annotated[
-        Intensity | None, typer.Option(help="Intensity parameters of each scan, or of all.")
-    ] = None,
+    intensity: Annotated[Intensity | None, typer.Option(help="Intensity parameters of each scan, or of all.")] = None,
     likelihood_power: LikelihoodPower = None,
     align: Align = None,
     steps: Steps = None,
@@ -197,12 +190,8 @@ def segment(
     refine: Annotated[
         int | None, typer.Option(min=0, metavar="STEPS", help="Steps on each scan; 0: the encoder's word.")
     ] = None,
-    probabilities: Annotated[
-        bool, typer.Option("--probabilities", help="Also write the label marginals.")
-    ] = False,
-    save_draws: Annotated[
-        bool, typer.Option("--save-draws", help="Also write whole segmentations drawn.")
-    ] = False,
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="Also write the label marginals.")] = False,
+    save_draws: Annotated[bool, typer.Option("--save-draws", help="Also write whole segmentations drawn.")] = False,
     readout: Annotated[
         Readout | None,
         typer.Option(help="Argmax of label marginals, or of the decoder; default: the recipe's."),
@@ -254,15 +243,11 @@ def segment(
 def evaluate(
     segmentations: Annotated[str, typer.Argument(help="Label maps to score: file, folder or quoted glob.")],
     truth: Annotated[str, typer.Argument(help="True label maps: file, folder or quoted glob.")],
-    labels: Annotated[
-        Path | None, typer.Option(metavar="TSV", help="Label table that names the structures.")
-    ] = None,
+    labels: Annotated[Path | None, typer.Option(metavar="TSV", help="Label table that names the structures.")] = None,
     groups: Annotated[
         Path | None, typer.Option(metavar="TSV", help="Values scored as one structure: index, group.")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="TSV", help="Scores, a row a scan and structure.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="TSV", help="Scores, a row a scan and structure.")] = None,
     force: Force = False,
     verbose: Verbose = False,
 ) -> int:

@@ -39,18 +39,14 @@ class Readout(StrEnum):
     decoder = "decoder"
 
 
-Seed = Annotated[
-    int, typer.Option(min=0, max=2**32 - 1, help="Seed of all random numbers.", rich_help_panel=_COMMON)
-]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of all random numbers.", rich_help_panel=_COMMON)]
 DeviceOption = Annotated[
     Device, typer.Option("--device", help="auto: a GPU where there is one.", rich_help_panel=_COMMON)
 ]
 PrecisionOption = Annotated[
     Precision, typer.Option("--precision", help="Of the networks in training.", rich_help_panel=_COMMON)
 ]
-Threads = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads; default: all cores.", rich_help_panel=_COMMON)
-]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.", rich_help_panel=_COMMON)]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.", rich_help_panel=_COMMON)]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with a training that was stopped.", rich_help_panel=_COMMON)
@@ -61,15 +57,9 @@ Verbose = Annotated[
 Align = Annotated[str | None, typer.Option(metavar="none|center", help="How files are brought together.")]
 Steps = Annotated[int | None, typer.Option(min=1, metavar="N", help="Training steps.")]
 Scans = Annotated[list[str], typer.Argument(metavar="SCAN", help="Scans: files, folders or quoted globs.")]
-Suffix = Annotated[
-    str | None, typer.Option(metavar="S", help="Of several contrasts take this one: T1w, FLAIR, ...")
-]
-Mask = Annotated[
-    str, typer.Option(metavar="auto|none|PATH", help="Where scans are observed: auto finds padding.")
-]
-Channels = Annotated[
-    str | None, typer.Option(metavar="A,B", help="Suffixes of the channels of one scan: T1w,FLAIR.")
-]
+Suffix = Annotated[str | None, typer.Option(metavar="S", help="Of several contrasts take this one: T1w, FLAIR, ...")]
+Mask = Annotated[str, typer.Option(metavar="auto|none|PATH", help="Where scans are observed: auto finds padding.")]
+Channels = Annotated[str | None, typer.Option(metavar="A,B", help="Suffixes of the channels of one scan: T1w,FLAIR.")]
 Objective = Annotated[str | None, typer.Option(metavar="NAME", help="marginal, jensen, trace, enum, iwae.")]
 Guide = Annotated[str | None, typer.Option(metavar="NAME", help="mean-field, low-rank.")]
 LikelihoodPower = Annotated[

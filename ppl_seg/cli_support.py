@@ -77,9 +77,7 @@ def watched() -> bool:
     return sys.stderr.isatty()
 
 
-def show_table(
-    columns: Sequence[str], rows: Sequence[Mapping[str, Any]], numbers: Sequence[str] = ()
-) -> None:
+def show_table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], numbers: Sequence[str] = ()) -> None:
     """A table on stdout; `numbers` are columns aligned to the right."""
     from rich.console import Console
     from rich.table import Table

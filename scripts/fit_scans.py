@@ -1,6 +1,6 @@
 """Fit q(z|x), θ and the background's maps to unlabelled scans under a prior, with plain Pyro.
 
-    python scripts/fit_scans.py scans/*_T1w.nii.gz --prior prior.pt --out fitted.pt --elbo enum
+python scripts/fit_scans.py scans/*_T1w.nii.gz --prior prior.pt --out fitted.pt --elbo enum
 """
 
 import argparse

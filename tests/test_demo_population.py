@@ -99,9 +99,7 @@ def test_persons_differ_and_ventricles_vary_most(label_maps: np.ndarray) -> None
 def test_deformations_do_not_fold() -> None:
     for person in range(4):
         flow = demo_population._flow(demo_population._random_velocity(np.random.default_rng([0, person])))
-        jacobian = np.stack(
-            [np.stack(np.gradient(component, demo_population._FIELD_SPACING)) for component in flow]
-        )
+        jacobian = np.stack([np.stack(np.gradient(component, demo_population._FIELD_SPACING)) for component in flow])
         determinants = np.linalg.det(np.moveaxis(jacobian, (0, 1), (-2, -1)) + np.eye(3))
         assert determinants.min() > 0
 
@@ -168,9 +166,7 @@ def test_written_population_can_be_read_and_is_the_same_again(tmp_path: Path) ->
     ):
         image = nib.load(one)
         assert isinstance(image, nib.Nifti1Image)
-        assert np.allclose(image.affine, population_grid()[1]) and np.allclose(
-            image.get_qform(), image.affine
-        )
+        assert np.allclose(image.affine, population_grid()[1]) and np.allclose(image.get_qform(), image.affine)
         assert np.array_equal(image.get_fdata(), nib.load(other).get_fdata())  # type: ignore[attr-defined]
     truth = np.asarray(nib.load(files.truth[0]).dataobj)  # type: ignore[attr-defined]
     scan = np.asarray(nib.load(files.scans[0]).dataobj)  # type: ignore[attr-defined]

@@ -38,9 +38,7 @@ def modules(folder: str) -> set[str]:
 def data_files() -> set[str]:
     kinds = (".tsv", ".txt", ".json", ".typed")
     return {
-        str(p.relative_to(ROOT))
-        for p in (ROOT / "ppl_seg").rglob("*")
-        if p.suffix in kinds or p.name == "py.typed"
+        str(p.relative_to(ROOT)) for p in (ROOT / "ppl_seg").rglob("*") if p.suffix in kinds or p.name == "py.typed"
     }
 
 
@@ -83,15 +81,12 @@ def test_installed_command_runs_from_another_folder(built: tuple[Path, Path], tm
 
     def run(*command: str) -> str:
         environment = os.environ | {"PYTHONPATH": str(target)}
-        done = subprocess.run(
-            command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=True
-        )
+        done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     where = "import ppl_seg.models, ppl_seg.guides; print(ppl_seg.models.__file__, ppl_seg.guides.__file__)"
     assert (
-        run(sys.executable, "-c", where)
-        == f"{target}/ppl_seg/models/__init__.py {target}/ppl_seg/guides/__init__.py"
+        run(sys.executable, "-c", where) == f"{target}/ppl_seg/models/__init__.py {target}/ppl_seg/guides/__init__.py"
     )
     assert ppl_seg.__version__ in run(sys.executable, "-m", "ppl_seg", "--version")
     assert ppl_seg.__version__ in run(sys.executable, str(target / "bin" / "ppl-seg"), "--version")

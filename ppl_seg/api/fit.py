@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -84,7 +83,9 @@ def fit_scans(
     theta = start_theta(program, x, observed, chosen)
     if chosen.intensity == "shared":
         theta = mean_theta(theta)
-        program = build_segmentation_model(model.shape_prior, model.table.class_of_label, x.shape[1], chosen, theta).to(where)
+        program = build_segmentation_model(model.shape_prior, model.table.class_of_label, x.shape[1], chosen, theta).to(
+            where
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         scan_guide = build_scan_guide(chosen.guide, model.shape_prior.latent_dim, x.shape[1], model.grid.shape)
@@ -101,7 +102,11 @@ def fit_scans(
         for parameter in freeze_parameters:  # simulated scans teach the guide alone
             parameter.requires_grad_(False)
         collapsed = build_segmentation_model(
-            model.shape_prior, model.table.class_of_label, x.shape[1], replace(chosen, objective="marginal"), theta if chosen.intensity == "shared" else None
+            model.shape_prior,
+            model.table.class_of_label,
+            x.shape[1],
+            replace(chosen, objective="marginal"),
+            theta if chosen.intensity == "shared" else None,
         ).to(where)
         freeze(collapsed)
         fit(
@@ -147,7 +152,10 @@ def fit_scans(
     fitted = replace(model, scan_guide=scan_guide, theta=learned.detach().to("cpu"), config=config)
     if out is not None:
         report = {"scans": len(x), "steps": log.steps, "seconds": log.seconds, **log.last_terms()}
-        fitted.save(out, {"training.csv": (Path(out) / "training.csv").read_bytes(), "report.json": json.dumps(report, indent=2)})
+        fitted.save(
+            out,
+            {"training.csv": (Path(out) / "training.csv").read_bytes(), "report.json": json.dumps(report, indent=2)},
+        )
         remove_checkpoint(out)
         if asleep is not None and asleep.is_dir():
             remove_checkpoint(asleep)

@@ -236,7 +236,13 @@ class Model:
         return {"recipe": recipe.to_dict(), **{name: str(value) for name, value in others.items()}}
 
     def _infer(
-        self, recipe: Recipe, scan: Tensor, observed: Tensor, refine: int | None, shape_from: str | Path | None, align: str | None
+        self,
+        recipe: Recipe,
+        scan: Tensor,
+        observed: Tensor,
+        refine: int | None,
+        shape_from: str | Path | None,
+        align: str | None,
     ) -> tuple[Posterior, SegmentationModel]:
         """q(z) and θ of one scan on the grid."""
         device = scan.device
@@ -273,7 +279,14 @@ class Model:
         return infer(model, family, raw, scan, observed, theta, recipe, steps, learn_maps), model
 
     def _encoded(
-        self, recipe: Recipe, model: SegmentationModel, scan: Tensor, observed: Tensor, theta: IntensityParameters, truth: str | Path, align: str | None
+        self,
+        recipe: Recipe,
+        model: SegmentationModel,
+        scan: Tensor,
+        observed: Tensor,
+        theta: IntensityParameters,
+        truth: str | Path,
+        align: str | None,
     ) -> Posterior:
         """z from q(z|s) of a label map in place of inference; θ by EM at its draws."""
         image = read_label_map(truth)
@@ -284,7 +297,9 @@ class Model:
         posterior = infer(model, guide.family, raw, scan, observed, theta, recipe, 0)
         z = posterior.sample(4)
         for _ in range(recipe.em_iterations):
-            posterior.theta, _ = update_theta(model, z, scan, observed, posterior.theta, factor_of(recipe.objective), recipe.pseudo)
+            posterior.theta, _ = update_theta(
+                model, z, scan, observed, posterior.theta, factor_of(recipe.objective), recipe.pseudo
+            )
         return posterior
 
 
@@ -298,7 +313,9 @@ def load_model(directory: str | Path) -> Model:
         location = tensors["shape_prior.log_location_prior"].exp()
         prior = build_shape_prior(location, shape["decoder"], shape["latent_dim"], **shape["options"])
         prior.load_state_dict(take_prefix(tensors, "shape_prior"))
-        label_guide = build_label_map_guide(labels["family"], prior.latent_dim, len(table), prior.grid, **labels["options"])
+        label_guide = build_label_map_guide(
+            labels["family"], prior.latent_dim, len(table), prior.grid, **labels["options"]
+        )
         label_guide.load_state_dict(take_prefix(tensors, "label_guide"))
         scan_guide = None
         if config["kind"] == "fit":
@@ -309,7 +326,9 @@ def load_model(directory: str | Path) -> Model:
         freeze(prior)
         freeze(label_guide)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{Path(directory) / 'config.json'}: does not describe a model of this version ({error}); learn it again") from error
+        raise InputError(
+            f"{Path(directory) / 'config.json'}: does not describe a model of this version ({error}); learn it again"
+        ) from error
     kept = {"kind", "version", "labels", "grid", "align", "channels", "recipe"}
     return Model(
         table=table,

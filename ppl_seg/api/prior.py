@@ -131,7 +131,10 @@ def learn_prior(
     report = prior_report(shape_prior, label_guide, maps.labels, maps.observed, held_out, maps.table.names, log)
     with torch.no_grad():
         codes = torch.cat(
-            [label_guide.posterior(a.long(), b).mean for a, b in zip(maps.labels.split(8), maps.observed.split(8), strict=True)]
+            [
+                label_guide.posterior(a.long(), b).mean
+                for a, b in zip(maps.labels.split(8), maps.observed.split(8), strict=True)
+            ]
         )
     config: dict[str, Any] = {
         "shape_prior": {"decoder": "convolutional", "latent_dim": dim, "options": {}},
@@ -140,7 +143,10 @@ def learn_prior(
     }
     model = Model(maps.table, maps.grid, maps.align, shape_prior, label_guide, codes, config)
     if out is not None:
-        model.save(out, {"training.csv": (Path(out) / "training.csv").read_bytes(), "report.json": json.dumps(report, indent=2)})
+        model.save(
+            out,
+            {"training.csv": (Path(out) / "training.csv").read_bytes(), "report.json": json.dumps(report, indent=2)},
+        )
         remove_checkpoint(out)
         draw_prior(model, Path(out), seed)
     return model
@@ -157,13 +163,18 @@ def load_label_maps(
     """Read label maps, agree on a table and a grid, and bring them there. InputError for what can't be used."""
     found = find_label_maps([str(given) for given in inputs])
     if len(found) < FEWEST_MAPS:
-        raise InputError(f"{found[0].path}: a prior needs at least {FEWEST_MAPS} label maps, better tens; found {len(found)}")
+        raise InputError(
+            f"{found[0].path}: a prior needs at least {FEWEST_MAPS} label maps, better tens; found {len(found)}"
+        )
     images = [read_label_map(file.path) for file in found]
     mapping = read_value_map(value_map) if value_map is not None else {}
     table, messages = table_for(occurring_values(images, mapping), labels)
     if merge:
         table, sides = merge_sides(table)
-        mapping = {**{value: sides.get(to, to) for value, to in mapping.items()}, **{a: b for a, b in sides.items() if a not in mapping}}
+        mapping = {
+            **{value: sides.get(to, to) for value, to in mapping.items()},
+            **{a: b for a, b in sides.items() if a not in mapping},
+        }
     if len(table) < 2:
         raise InputError(f"{found[0].path}: all label maps are zero; a prior needs at least one structure")
     chosen = align or default_align(images)

@@ -109,7 +109,9 @@ def output_places(found: Sequence[Found], out: Path, channels: Sequence[str]) ->
     inputs = {path.resolve() for file in found for path in file.paths}
     for file, place in zip(found, places, strict=True):
         if place in seen:
-            raise InputError(f"{file.path} and {seen[place]}: both would be written to {place[0] / place[1]}; give one at a time")
+            raise InputError(
+                f"{file.path} and {seen[place]}: both would be written to {place[0] / place[1]}; give one at a time"
+            )
         if (out / place[0] / f"{place[1]}_dseg.nii.gz").resolve() in inputs:
             raise InputError(f"{file.path}: the output would replace an input; choose another --out")
         seen[place] = file.path

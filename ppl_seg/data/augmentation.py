@@ -83,9 +83,7 @@ def _random_positions(
         plane[:, i, j], plane[:, j, i] = -angle.sin(), angle.sin()
         linear = linear @ plane
     linear = linear @ torch.diag_embed((deformation.scale * normal(batch, d)).exp())
-    linear = linear @ (
-        torch.eye(d, device=generator.device) + deformation.shear * normal(batch, d, d).tril(-1)
-    )
+    linear = linear @ (torch.eye(d, device=generator.device) + deformation.shear * normal(batch, d, d).tril(-1))
     centre = (torch.tensor(grid, device=generator.device) - 1) / 2
     axes = [torch.arange(n, device=generator.device) - c for n, c in zip(grid, centre, strict=True)]
     around = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, d)

@@ -119,13 +119,9 @@ def _walk(folder: Path) -> list[Path]:
     for parent, folders, files in os.walk(folder):
         folders[:] = [f for f in folders if not f.startswith(".") and not (raw and f in _NEVER_ENTERED)]
         if "mri" in folders and os.path.lexists(Path(parent) / "mri" / "orig.mgz"):
-            raise InputError(
-                f"{folder}: a FreeSurfer tree; give the files, such as '{folder}/*/mri/orig.mgz'"
-            )
+            raise InputError(f"{folder}: a FreeSurfer tree; give the files, such as '{folder}/*/mri/orig.mgz'")
         if not raw or Path(parent).name == "anat":
-            images += [
-                Path(parent) / f for f in files if not f.startswith(".") and f.lower().endswith(_READABLE)
-            ]
+            images += [Path(parent) / f for f in files if not f.startswith(".") and f.lower().endswith(_READABLE)]
     return images
 
 
@@ -165,9 +161,7 @@ def _group_channels(scans: Sequence[Found], channels: Sequence[str]) -> list[Fou
     for scan in scans:
         entities = parse_name(scan.path).entities
         if not entities:
-            raise InputError(
-                f"{scan.path}: not a BIDS name, so --channels cannot group it; give a,b as one argument"
-            )
+            raise InputError(f"{scan.path}: not a BIDS name, so --channels cannot group it; give a,b as one argument")
         session = sessions.setdefault((entities["sub"], entities.get("ses")), {})
         session.setdefault(last_word(scan.path), []).append(scan)
     grouped = []
@@ -177,9 +171,7 @@ def _group_channels(scans: Sequence[Found], channels: Sequence[str]) -> list[Fou
             candidates = [str(scan.path) for scan in files.get(channel, [])]
             if len(candidates) != 1:
                 found = ", ".join(candidates) or "none"
-                raise InputError(
-                    f"{label}: expected one {channel} scan, found {found}; name the files, a,b as one"
-                )
+                raise InputError(f"{label}: expected one {channel} scan, found {found}; name the files, a,b as one")
         first = files[channels[0]][0]
         grouped.append(Found(tuple(files[channel][0].path for channel in channels), first.base))
     return grouped

@@ -105,8 +105,7 @@ def _check_affine(affine: np.ndarray, path: Path) -> None:
     text = " x ".join(f"{size:.4g}" for size in spacing)
     if min(spacing) < SMALLEST_SPACING or max(spacing) > LARGEST_SPACING:
         raise InputError(
-            f"{path}: voxels of {text} mm; expected {SMALLEST_SPACING:g} to {LARGEST_SPACING:g} mm; "
-            "repair the header"
+            f"{path}: voxels of {text} mm; expected {SMALLEST_SPACING:g} to {LARGEST_SPACING:g} mm; repair the header"
         )
     if abs(np.linalg.det(affine[:3, :3])) < 1e-6 * np.prod(spacing):
         raise InputError(f"{path}: the affine is singular: {affine.tolist()}; repair the header")

@@ -52,11 +52,7 @@ class Grid:
         return cls((x, y, z), np.array(values["affine"], dtype=np.float64))
 
     def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Grid)
-            and self.shape == other.shape
-            and np.array_equal(self.affine, other.affine)
-        )
+        return isinstance(other, Grid) and self.shape == other.shape and np.array_equal(self.affine, other.affine)
 
 
 def none_matrix(image_affine: np.ndarray, grid: Placed) -> np.ndarray:
@@ -138,9 +134,7 @@ def common_grid(images: Sequence[Placed], spacing: float | None = None, align: s
     shape = _grid_shape(high - low, flat, spacing)
     affine = np.diag([*steps, 1.0])
     if align == "none":
-        affine[:3, 3] = (
-            low + steps / 2
-        )  # the first voxel's corner is the box's: images of this grid are only shifted
+        affine[:3, 3] = low + steps / 2  # the first voxel's corner is the box's: images of this grid are only shifted
     else:
         affine[:3, 3] = -steps * (np.array(shape) - 1) / 2
     return Grid(shape, affine)
@@ -178,9 +172,7 @@ def _sizes(image: Placed) -> list[float]:
 
 
 def _grid_shape(extent: np.ndarray, flat: np.ndarray, spacing: float) -> tuple[int, int, int]:
-    x, y, z = (
-        1 if f else max(1, int(np.ceil(e / spacing - _SLACK))) for e, f in zip(extent, flat, strict=True)
-    )
+    x, y, z = (1 if f else max(1, int(np.ceil(e / spacing - _SLACK))) for e, f in zip(extent, flat, strict=True))
     return x, y, z
 
 

@@ -18,9 +18,7 @@ from ppl_seg.errors import InputError
 
 GRID_TOLERANCE = 1e-3  # largest difference between affines of one grid
 FEW_VALUES = 16  # integer images with at most so many values are label maps, not scans
-_NEIGHBOURS_OF_A_LABEL_MAP = (
-    0.8  # share of equal neighbours (below) from which an integer image is a label map
-)
+_NEIGHBOURS_OF_A_LABEL_MAP = 0.8  # share of equal neighbours (below) from which an integer image is a label map
 _NEIGHBOURS_OF_A_SCAN = 0.3  # and up to which it is a scan
 
 

@@ -112,16 +112,13 @@ class LabelTable:
     def to_dict(self) -> list[dict[str, Any]]:
         """For JSON: one object per label."""
         return [
-            {"index": e.index, "name": e.name, "class": e.intensity_class, "color": _hex(e.color)}
-            for e in self.entries
+            {"index": e.index, "name": e.name, "class": e.intensity_class, "color": _hex(e.color)} for e in self.entries
         ]
 
     @classmethod
     def from_dict(cls, rows: Sequence[dict[str, Any]]) -> LabelTable:
         """The inverse of `to_dict`."""
-        return cls(
-            tuple(LabelEntry(int(r["index"]), r["name"], r["class"], parse_color(r["color"])) for r in rows)
-        )
+        return cls(tuple(LabelEntry(int(r["index"]), r["name"], r["class"], parse_color(r["color"])) for r in rows))
 
     def to_tsv(self) -> str:
         """The BIDS label table (index, name, color) as text."""

@@ -35,9 +35,7 @@ def observed_mask(scan: Image, mask: str | Path = "auto") -> np.ndarray:
         check_same_grid([scan, image], "give a mask on the scan's grid")
         observed &= image.data
     if not observed.any():
-        raise InputError(
-            f"{scan.path}: no observed voxel is left by the mask {mask}; give another, or --mask none"
-        )
+        raise InputError(f"{scan.path}: no observed voxel is left by the mask {mask}; give another, or --mask none")
     return observed
 
 

@@ -93,9 +93,7 @@ def match_files(
     for path, base in left:
         found = [other for other, root in right if _match(path, base, other, root)]
         if len(found) > 1:
-            raise InputError(
-                f"{path}: several files match it: {', '.join(map(str, found))}; keep one of them"
-            )
+            raise InputError(f"{path}: several files match it: {', '.join(map(str, found))}; keep one of them")
         if found:
             pairs.append((path, found[0]))
             used.add(found[0])

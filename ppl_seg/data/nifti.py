@@ -35,9 +35,7 @@ def open_image(path: Path) -> tuple[Any, list[str]]:
         try:
             pair: Any = nib.load(path)
         except Exception as error:
-            raise InputError(
-                f"{path}: not a readable header/image pair ({error}); convert it to .nii.gz"
-            ) from error
+            raise InputError(f"{path}: not a readable header/image pair ({error}); convert it to .nii.gz") from error
         nifti = isinstance(pair.header, nib.Nifti1Header)
         return pair, [] if nifti else [f"{path}: an Analyze image, so {UNKNOWN_SIDES}"]
     content = _read_bytes(path)
@@ -68,9 +66,7 @@ def check_present(path: Path) -> None:
     if path.is_symlink() and not path.exists():
         target = os.readlink(path)
         if ".git/annex" in target:
-            raise InputError(
-                f"{path}: its content is not here (git-annex); get it with `datalad get {path.name}`"
-            )
+            raise InputError(f"{path}: its content is not here (git-annex); get it with `datalad get {path.name}`")
         raise InputError(f"{path}: a link to {target}, which does not exist")
     if path.is_dir():
         raise InputError(f"{path}: a folder; expected an image file")
@@ -89,9 +85,7 @@ def _read_bytes(path: Path) -> bytes:
     if content.startswith(_LFS_POINTER):
         raise InputError(f"{path}: its content is not here (Git LFS pointer); get it with `git lfs pull`")
     if content.startswith(b"/annex/objects/"):
-        raise InputError(
-            f"{path}: its content is not here (git-annex); get it with `datalad get {path.name}`"
-        )
+        raise InputError(f"{path}: its content is not here (git-annex); get it with `datalad get {path.name}`")
     if content.startswith(GZIP_MAGIC):
         try:
             content = gzip.decompress(content)
@@ -107,20 +101,12 @@ def _image_class(content: bytes, path: Path) -> Any:
             if content[344:347] == b"n+1":
                 _check_slope(content, order, path)
                 return nib.Nifti1Image
-            raise InputError(
-                f"{path}: the header half of a header/image pair; give the .hdr/.img files, or a .nii.gz"
-            )
-        if (
-            len(content) >= 544
-            and struct.unpack(order + "i", content[:4])[0] == 540
-            and content[4:7] == b"n+2"
-        ):
+            raise InputError(f"{path}: the header half of a header/image pair; give the .hdr/.img files, or a .nii.gz")
+        if len(content) >= 544 and struct.unpack(order + "i", content[:4])[0] == 540 and content[4:7] == b"n+2":
             return nib.Nifti2Image
     if len(content) >= 284 and content[:4] == b"\x00\x00\x00\x01":
         return nib.MGHImage
-    raise InputError(
-        f"{path}: not a NIfTI or .mgz image (starts with {content[:8]!r}); expected .nii, .nii.gz, .mgz"
-    )
+    raise InputError(f"{path}: not a NIfTI or .mgz image (starts with {content[:8]!r}); expected .nii, .nii.gz, .mgz")
 
 
 def _check_slope(content: bytes, order: str, path: Path) -> None:

@@ -35,17 +35,13 @@ def resample(
     if mode not in ("linear", "nearest"):
         raise ValueError(f"mode {mode!r}: expected linear or nearest")
     if volume.ndim != 4 or len(shape_out) != 3:
-        raise ValueError(
-            f"expected a volume (C, X, Y, Z) and three sizes, got {tuple(volume.shape)}, {shape_out}"
-        )
+        raise ValueError(f"expected a volume (C, X, Y, Z) and three sizes, got {tuple(volume.shape)}, {shape_out}")
     whole = _whole_voxels(np.asarray(matrix), shape_out)
     if whole is not None:
         return _move(volume, whole, shape_out, outside)
     if mode == "linear":
         if not volume.is_floating_point():
-            raise ValueError(
-                f"linear resampling of {volume.dtype}: convert to a floating type or use nearest"
-            )
+            raise ValueError(f"linear resampling of {volume.dtype}: convert to a floating type or use nearest")
         steps = np.linalg.norm(np.asarray(matrix)[:3, :3], axis=1)
         volume = _blur(volume, [math.sqrt(max(step * step - 1, 0)) / _FWHM for step in steps])
     position = _positions(matrix, shape_out, volume.device)
@@ -56,9 +52,9 @@ def resample(
     else:
         # grid_sample wants (z, y, x) in [-1, 1]; an axis of one voxel has no extent, any place is that voxel
         scaled = (2 * position / (sizes - 1).clamp(min=1) - 1).flip(-1).to(volume.dtype)
-        sampled = F.grid_sample(
-            volume[None], scaled[None], mode="bilinear", padding_mode="border", align_corners=True
-        )[0]
+        sampled = F.grid_sample(volume[None], scaled[None], mode="bilinear", padding_mode="border", align_corners=True)[
+            0
+        ]
     return torch.where(_within(position, sizes), sampled, torch.as_tensor(outside, dtype=volume.dtype))
 
 
@@ -72,9 +68,7 @@ def resample_labels(labels: torch.Tensor, matrix: np.ndarray, shape_out: Sequenc
     matrix = np.asarray(matrix, dtype=np.float64)
     centre = resample(labels[None], matrix, shape_out, mode="nearest")[0]
     steps = np.linalg.norm(matrix[:3, :3], axis=0)
-    counts = [
-        min(3, math.ceil(step - 0.05)) if n > 1 else 1 for step, n in zip(steps, shape_out, strict=True)
-    ]
+    counts = [min(3, math.ceil(step - 0.05)) if n > 1 else 1 for step, n in zip(steps, shape_out, strict=True)]
     if max(counts) <= 1:
         return centre
     flat = centre.reshape(-1)

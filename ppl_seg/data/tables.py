@@ -35,9 +35,7 @@ def read_table(path: str | os.PathLike[str]) -> LabelTable:
             what = "duplicate index"
             if entry.intensity_class != other.intensity_class:
                 what = f"two classes ({other.intensity_class}, {entry.intensity_class}) for index"
-            raise InputError(
-                f"{path}, line {number}: {what} {entry.index} (first on line {before}); keep one line"
-            )
+            raise InputError(f"{path}, line {number}: {what} {entry.index} (first on line {before}); keep one line")
         seen[entry.index] = (number, entry)
     return LabelTable(tuple(entry for _, entry in seen.values()))
 
@@ -57,9 +55,7 @@ def read_value_map(path: str | os.PathLike[str]) -> dict[int, int]:
     return mapping
 
 
-def table_for(
-    values: Iterable[int], labels_path: str | os.PathLike[str] | None = None
-) -> tuple[LabelTable, list[str]]:
+def table_for(values: Iterable[int], labels_path: str | os.PathLike[str] | None = None) -> tuple[LabelTable, list[str]]:
     """The table for label maps in which `values` occur, them and the background alone: (table, messages).
 
     From `labels_path` where given (InputError for values it lacks); else FreeSurfer's where at least eight
@@ -77,9 +73,7 @@ def table_for(
     if len(familiar) < ENOUGH_FREESURFER_VALUES:
         table = LabelTable(tuple(make_entry(value, f"label-{value}") for value in occurring))
         return table, ["no --labels: names label-1, label-2, ... and an intensity class each are assumed"]
-    messages = [
-        f"no --labels: FreeSurfer's names and intensity classes are assumed ({len(familiar)} structures)"
-    ]
+    messages = [f"no --labels: FreeSurfer's names and intensity classes are assumed ({len(familiar)} structures)"]
     if foreign:
         listed = ", ".join(map(str, foreign))
         messages.append(f"not among FreeSurfer's values, an intensity class each: {listed}")

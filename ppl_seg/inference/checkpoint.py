@@ -27,9 +27,7 @@ NEXT = "checkpoint.safetensors.next"
 STATE = "checkpoint.json"
 
 
-def save_checkpoint(
-    directory: str | os.PathLike[str], tensors: Mapping[str, Tensor], state: Mapping[str, Any]
-) -> None:
+def save_checkpoint(directory: str | os.PathLike[str], tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Replace the directory's checkpoint by (`tensors`, `state`); `state` is JSON-able (NaN too)."""
     folder = Path(directory)
     make_folder(folder)
@@ -114,6 +112,4 @@ def _settle(folder: Path) -> dict[str, Any]:
             if name == NEXT:
                 os.replace(tensors, folder / TENSORS)
             return dict(state)
-    raise InputError(
-        f"{folder / TENSORS}: missing or altered since {STATE} was written; train again without --resume"
-    )
+    raise InputError(f"{folder / TENSORS}: missing or altered since {STATE} was written; train again without --resume")

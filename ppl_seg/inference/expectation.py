@@ -110,7 +110,9 @@ def background_maps(statistics: Tensor, grid: tuple[int, ...], options: MapOptio
     return (weights / weights.sum(0, keepdim=True)).log()
 
 
-def initial_theta(intensity: IntensityModel, location_prior: Tensor, scan: Tensor, observed: Tensor) -> IntensityParameters:
+def initial_theta(
+    intensity: IntensityModel, location_prior: Tensor, scan: Tensor, observed: Tensor
+) -> IntensityParameters:
     """Where EM starts: each class' moments under p_loc; components of a class spread over its quantiles, in rising order.
 
     Args:

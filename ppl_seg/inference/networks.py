@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from ..models.shape_prior import ShapePrior
 from .objectives import OBJECTIVES
 from .recipes import Recipe
 
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
 
 def build_shape_prior(location_prior: Tensor, decoder: str, latent_dim: int, **options: Any) -> ShapePrior:
     """p(z) p(s|z) on the grid of p_loc (M, *grid)."""
@@ -27,10 +29,14 @@ def build_shape_prior(location_prior: Tensor, decoder: str, latent_dim: int, **o
     return ShapePrior(location_prior, build_decoder(decoder, latent_dim, num_labels, grid, **options), latent_dim)
 
 
-def build_label_map_guide(family: str, latent_dim: int, num_labels: int, grid: Sequence[int], **options: Any) -> LabelMapGuide:
+def build_label_map_guide(
+    family: str, latent_dim: int, num_labels: int, grid: Sequence[int], **options: Any
+) -> LabelMapGuide:
     """q(z|s)."""
     distribution = build_family(family, latent_dim)
-    return LabelMapGuide(ConvolutionalEncoder(num_labels, grid, distribution.num_parameters, **options), distribution, num_labels)
+    return LabelMapGuide(
+        ConvolutionalEncoder(num_labels, grid, distribution.num_parameters, **options), distribution, num_labels
+    )
 
 
 def build_scan_guide(family: str, latent_dim: int, channels: int, grid: Sequence[int], **options: Any) -> ScanGuide:
@@ -39,15 +45,19 @@ def build_scan_guide(family: str, latent_dim: int, channels: int, grid: Sequence
     return ScanGuide(ConvolutionalEncoder(2 * channels, grid, distribution.num_parameters, **options), distribution)
 
 
-def freeze(module: nn.Module) -> nn.Module:
+def freeze(module: AnyModule) -> AnyModule:
     """No gradients, evaluation mode: Pyro then leaves the module alone."""
     return module.requires_grad_(False).eval()
 
 
 def build_segmentation_model(
-    shape_prior: ShapePrior, class_of_label: Sequence[int], channels: int, recipe: Recipe, shared: IntensityParameters | None = None
+    shape_prior: ShapePrior,
+    class_of_label: Sequence[int],
+    channels: int,
+    recipe: Recipe,
+    shared: IntensityParameters | None = None,
 ) -> SegmentationModel:
-    """The program that a recipe asks for, on a frozen shape prior.
+    """The program that a recipe asks for; the shape prior is frozen in place.
 
     Args:
         class_of_label: intensity class of each label, by the label table.
@@ -91,7 +101,9 @@ def theta_from(tensors: dict[str, Tensor]) -> IntensityParameters | None:
     """The inverse of `theta_tensors`."""
     if not tensors:
         return None
-    return IntensityParameters(tensors["mean"], tensors["sd"], tensors["log_weight"], tensors.get("background_log_weight"))
+    return IntensityParameters(
+        tensors["mean"], tensors["sd"], tensors["log_weight"], tensors.get("background_log_weight")
+    )
 
 
 def mean_theta(theta: IntensityParameters) -> IntensityParameters:

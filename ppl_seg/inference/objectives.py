@@ -14,10 +14,9 @@ from pyro.infer.enum import get_importance_trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from ..models.normalisation import normalise
-
 # Registers the analytic KL of every family; without it TraceMeanField_ELBO samples the KL without a word.
 from ..guides import families as _families  # noqa: F401
+from ..models.normalisation import normalise
 
 
 def _check_form(trace: poutine.Trace, objective: Any, shape_program: bool = False) -> None:
@@ -182,10 +181,14 @@ class Sleep(_ByDifferentiation):
     voxels and θ, through the same normalisation as real scans.
     """
 
-    def differentiable_loss(self, model: Any, guide: Any, scan: Any = None, observed: Any = None, theta: Any = None) -> Tensor:
+    def differentiable_loss(
+        self, model: Any, guide: Any, scan: Any = None, observed: Any = None, theta: Any = None
+    ) -> Tensor:
         """−Σ log q(z|x)."""
         with torch.no_grad():
-            simulated = poutine.trace(model).get_trace(None, observed, theta, **({} if scan is None or observed is not None else {"num_scans": len(scan)}))
+            simulated = poutine.trace(model).get_trace(
+                None, observed, theta, **({} if scan is None or observed is not None else {"num_scans": len(scan)})
+            )
             _check_form(simulated, self)
             z, drawn = simulated.nodes["z"]["value"], simulated.nodes["scan"]["value"]
             if observed is None:

@@ -50,9 +50,7 @@ class Parameters:
         known = {name for module in self.parts.values() for name in _by_store_name(module)}
         for name in pyro.get_param_store():
             if name.replace("$$$", ".") not in known:
-                raise ValueError(
-                    f"{name} was made by pyro.param: make it an attribute of a PyroModule to train it"
-                )
+                raise ValueError(f"{name} was made by pyro.param: make it an attribute of a PyroModule to train it")
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Everything that a training changes, the tensors themselves: trainable parameters and buffers."""
@@ -71,9 +69,7 @@ class Parameters:
         with torch.no_grad():
             for name, tensor in self.tensors(prefix).items():
                 if name not in saved or saved[name].shape != tensor.shape:
-                    raise InputError(
-                        f"the checkpoint's {name} doesn't fit this model; train again without --resume"
-                    )
+                    raise InputError(f"the checkpoint's {name} doesn't fit this model; train again without --resume")
                 tensor.copy_(saved[name])
 
     def first_not_finite(self) -> str | None:

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import pyro
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..guides.families import kl_to_prior
+from ..guides.families import Family, kl_to_prior
 from ..guides.per_scan import PerScanGuide
 from ..models.intensity import IntensityParameters
 from ..models.segmentation import SegmentationModel
@@ -64,24 +64,22 @@ def best_start(
 
     Gradient steps from z = 0 end in a local optimum where a shape is far from the mean.
     """
-    best = codes.new_full((scan.shape[0],), -float("inf"))
-    chosen = codes.new_zeros(scan.shape[0], codes.shape[1])
-    for code in torch.cat([torch.zeros_like(codes[:1]), codes]):
-        z = code.expand(scan.shape[0], -1)
-        with torch.no_grad():
+    batch = scan.shape[0]
+    scores = []
+    candidates = torch.cat([torch.zeros_like(codes[:1]), codes])
+    for some in candidates.split(8):
+        z = some[:, None].expand(-1, batch, -1)
+        with torch.no_grad(), pyro.plate("candidates", len(some), dim=-1 - model.max_plate_nesting):
             conditioned = pyro.condition(model, data={"z": z})
             trace = pyro.poutine.trace(conditioned).get_trace(scan, observed, theta)
             trace.compute_log_prob()
-            score = trace.nodes["scan"]["log_prob"] + trace.nodes["z"]["log_prob"]
-        better = score > best
-        best = torch.where(better, score, best)
-        chosen[better] = code
-    return chosen
+        scores.append(trace.nodes["scan"]["log_prob"] + trace.nodes["z"]["log_prob"])
+    return candidates[torch.cat(scores).argmax(0)]
 
 
 def infer(
     model: SegmentationModel,
-    family: nn.Module,
+    family: Family,
     raw: Tensor,
     scan: Tensor,
     observed: Tensor,

@@ -30,9 +30,7 @@ def progress_bar(steps: int, start: int, visible: bool) -> Iterator[Show]:
 
         def show(step: int, row: dict[str, float]) -> None:
             latest.update({name: value for name, value in row.items() if name not in _SILENT})
-            text = "  ".join(
-                f"{name.removesuffix('_per_voxel')} {value:.4f}" for name, value in latest.items()
-            )
+            text = "  ".join(f"{name.removesuffix('_per_voxel')} {value:.4f}" for name, value in latest.items())
             bar.update(task, completed=step, terms=text)
 
         yield show

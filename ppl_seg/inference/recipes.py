@@ -87,7 +87,9 @@ def notes() -> Recipe:
 
 def location() -> Recipe:
     """The location prior alone: argmax p_loc, the scan is not looked at."""
-    return replace(Recipe(), name="location", shape="location", readout="decoder", maps=None, em_iterations=0, per_scan_steps=0)
+    return replace(
+        Recipe(), name="location", shape="location", readout="decoder", maps=None, em_iterations=0, per_scan_steps=0
+    )
 
 
 def location_em() -> Recipe:

@@ -51,7 +51,9 @@ def prior_report(
     per_dimension = torch.cat(divergence).mean(0)
     dice = (overlap[:, 0] / overlap[:, 1].clamp(min=1)).tolist()
     return {
-        "judged_on": "held-out label maps" if bool(held_out.any()) else "the training label maps (too few to hold any out)",
+        "judged_on": "held-out label maps"
+        if bool(held_out.any())
+        else "the training label maps (too few to hold any out)",
         "label_maps": int(judged.sum()),
         "bound_per_voxel": bound / size,
         "reconstruction_dice": dict(zip(names[1:], dice[1:], strict=True)),

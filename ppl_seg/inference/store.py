@@ -79,9 +79,7 @@ def load_model_files(directory: str | os.PathLike[str]) -> tuple[dict[str, Any],
     try:
         tensors = safetensors.torch.load_file(folder / WEIGHTS)
     except safetensors.SafetensorError as error:
-        raise InputError(
-            f"{folder / WEIGHTS}: not a safetensors file ({error}); train the model again"
-        ) from error
+        raise InputError(f"{folder / WEIGHTS}: not a safetensors file ({error}); train the model again") from error
     return {key: value for key, value in config.items() if key not in _RESERVED}, tensors
 
 
@@ -97,10 +95,7 @@ def model_hash(directory: str | os.PathLike[str]) -> str:
 
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     """The safetensors form of `tensors`; copies, because shared and channels_last memory is refused there."""
-    own = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-    }
+    own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     return safetensors.torch.save(own)
 
 
@@ -115,9 +110,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(
-            f"cannot make the folder {folder}: {error.strerror}; choose another --out"
-        ) from error
+        raise InputError(f"cannot make the folder {folder}: {error.strerror}; choose another --out") from error
 
 
 def file_sha256(path: Path) -> str:
@@ -157,18 +150,14 @@ def _umask() -> int:
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not folder.is_dir():
-        raise InputError(
-            f"{folder}: no such folder; a model directory (made by `ppl-seg prior` or `fit`) expected"
-        )
+        raise InputError(f"{folder}: no such folder; a model directory (made by `ppl-seg prior` or `fit`) expected")
     if not path.is_file():
         raise InputError(f"{path}: missing; {folder} is no model directory, or its training was not finished")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         version, hashes = config["format_version"], config["sha256"]
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: not the configuration of a ppl_seg model; train the model again"
-        ) from error
+        raise InputError(f"{path}: not the configuration of a ppl_seg model; train the model again") from error
     if version != FORMAT_VERSION:
         raise InputError(
             f"{path}: format version {version} found, {FORMAT_VERSION} expected; use the ppl_seg that "
@@ -183,6 +172,4 @@ def _verify(path: Path, expected: str) -> None:
     if not path.is_file():
         raise InputError(f"{path}: missing, though {CONFIG} lists it; copy the whole model directory")
     if file_sha256(path) != expected:
-        raise InputError(
-            f"{path}: altered since the model was saved (SHA-256 differs); copy it again or train again"
-        )
+        raise InputError(f"{path}: altered since the model was saved (SHA-256 differs); copy it again or train again")

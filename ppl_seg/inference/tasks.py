@@ -105,7 +105,11 @@ class ScanTask(Task):
         updated, background = update_theta(
             self.model, z, scan, observed, self.theta.select(chosen), self.factor, self.pseudo
         )
-        for old, new in zip((self.theta.mean, self.theta.sd, self.theta.log_weight), (updated.mean, updated.sd, updated.log_weight), strict=True):
+        for old, new in zip(
+            (self.theta.mean, self.theta.sd, self.theta.log_weight),
+            (updated.mean, updated.sd, updated.log_weight),
+            strict=True,
+        ):
             old[chosen] = new
         if learn_maps and self.maps is not None:
             rate = len(chosen) / len(self.training)  # a running mean over about one pass

@@ -127,9 +127,7 @@ class _Run:
                 writer.write(row)
                 show(step, row)
                 by_steps = options.checkpoint_every and step % options.checkpoint_every == 0
-                if directory is not None and (
-                    by_steps or time.monotonic() - saved >= options.checkpoint_seconds
-                ):
+                if directory is not None and (by_steps or time.monotonic() - saved >= options.checkpoint_seconds):
                     self.save(directory, step)
                     saved = time.monotonic()
 
@@ -253,12 +251,8 @@ class _Run:
             self.log.stopped_early = 0 < self.options.patience <= self.worse
 
     def _stop(self, step: int, what: str) -> TrainingError:
-        terms = (
-            ", ".join(f"{name} {value:.6g}" for name, value in self.log.last_terms().items()) or "none yet"
-        )
-        where = (
-            self.parameters.first_not_finite() or "no parameter, so the batch or the objective is to blame"
-        )
+        terms = ", ".join(f"{name} {value:.6g}" for name, value in self.log.last_terms().items()) or "none yet"
+        where = self.parameters.first_not_finite() or "no parameter, so the batch or the objective is to blame"
         return TrainingError(
             f"step {step}: the {what} is not finite; last finite terms: {terms}; first not finite: {where}. "
             "A smaller learning rate may help; look for extreme intensities in the scans as well"

@@ -70,9 +70,7 @@ def reliability_figure(curves: Mapping[str, Reliability], path: str | Path, titl
         upper.plot([0, 1], [0, 1], color="0.6", lw=1, ls="--")
         for color, (name, curve) in zip(COLORS, curves.items(), strict=False):
             label = f"{name} (ECE {curve.expected_calibration_error:.3f})"
-            upper.plot(
-                curve.predicted, curve.observed, color=color, marker="o", markersize=4, lw=1.3, label=label
-            )
+            upper.plot(curve.predicted, curve.observed, color=color, marker="o", markersize=4, lw=1.3, label=label)
             lower.stairs(np.maximum(curve.counts, 0.5), curve.edges, color=color, lw=1.3, baseline=0.5)
         upper.set(ylabel="observed frequency", xlim=(0, 1), ylim=(0, 1))
         upper.legend(loc="upper left", fontsize=8)
@@ -96,9 +94,7 @@ def dice_steps_figure(
         for ax, curves, word in zip(panels, (dice, bounds), ("Dice", "bound per voxel"), strict=True):
             for name, (steps, values) in curves.items():
                 marker = "o" if len(steps) <= 40 else None
-                ax.plot(
-                    steps, values, color=color_of[name], marker=marker, markersize=3.5, lw=1.3, label=name
-                )
+                ax.plot(steps, values, color=color_of[name], marker=marker, markersize=3.5, lw=1.3, label=name)
             ax.set(xlabel="step", ylabel=word)
             ax.grid(alpha=0.25)
             ax.legend(loc="best", fontsize=8)
@@ -163,9 +159,7 @@ def _read_columns(table: str | Path) -> dict[str, np.ndarray]:
         if np.isfinite(values).any():
             columns[name] = values
     if "step" not in columns:
-        raise ValueError(
-            f"{table}: expected a column step with numbers, found {', '.join(columns) or 'no rows'}"
-        )
+        raise ValueError(f"{table}: expected a column step with numbers, found {', '.join(columns) or 'no rows'}")
     return columns
 
 

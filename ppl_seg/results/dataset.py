@@ -51,9 +51,7 @@ def write_dataset_files(out_dir: str | Path, sources: Sequence[str | Path], vers
     """
     out_dir = Path(out_dir)
     path = out_dir / "dataset_description.json"
-    urls = list(
-        dict.fromkeys([*_recorded_sources(path), *(Path(source).resolve().as_uri() for source in sources)])
-    )
+    urls = list(dict.fromkeys([*_recorded_sources(path), *(Path(source).resolve().as_uri() for source in sources)]))
     description = {
         "Name": "ppl_seg segmentations",
         "BIDSVersion": BIDS_VERSION,
@@ -138,7 +136,5 @@ def _recorded_sources(path: Path) -> list[str]:
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); choose another --out") from error
     if "ppl_seg" not in makers:
-        raise InputError(
-            f"{path}: the folder is another dataset's, not one of ppl_seg's; choose another --out"
-        )
+        raise InputError(f"{path}: the folder is another dataset's, not one of ppl_seg's; choose another --out")
     return urls

@@ -136,17 +136,13 @@ def _structures(
         structures = structures_of_table(table)
     scored = {value for members in structures.values() for value in members}
     if not scored & set(values):
-        raise InputError(
-            f"{source}: none of its structures occurs in the files, which hold {_listed(values)}"
-        )
+        raise InputError(f"{source}: none of its structures occurs in the files, which hold {_listed(values)}")
     if foreign := [value for value in values if value not in scored]:
         messages.append(f"{source}: values {_listed(foreign)} are not in it; they are not scored")
     return structures, messages
 
 
-def _score(
-    pair: tuple[Path, Path], names: Mapping[Path, str], structures: Structures
-) -> list[dict[str, Any]]:
+def _score(pair: tuple[Path, Path], names: Mapping[Path, str], structures: Structures) -> list[dict[str, Any]]:
     segmentation, truth = _read(pair)
     scan, true = names[pair[0]], names[pair[1]]
     about = {"scan": scan, "truth": true, "person": _person(scan, true)}

@@ -70,11 +70,7 @@ def qc_figure(segmentation: Segmentation, path: str | Path) -> None:
             pictures = (grey, _overlay(grey, labels, seg.table), _slice(entropy, axis, at))
             for ax, picture, name in zip(row, pictures, ("Scan", "Segmentation", "Entropy"), strict=True):
                 extent = _extent(scan.shape, spacing, axis)
-                options = (
-                    {"cmap": "magma", "vmax": ENTROPY_MAX}
-                    if name == "Entropy"
-                    else {"cmap": "gray", "vmax": 1}
-                )
+                options = {"cmap": "magma", "vmax": ENTROPY_MAX} if name == "Entropy" else {"cmap": "gray", "vmax": 1}
                 drawn = _show(ax, picture, extent, (width, extent[1]), vmin=0, **options)
                 if axis == axes_shown[0]:
                     ax.set_title(name)
@@ -118,9 +114,7 @@ def draws_figure(
         column = 1.4
         heights = [column * h / width for _, h in extents]
         figure = Figure(figsize=(max(column * len(volumes) + 0.6, 4.0), sum(heights) + 1.0))
-        grid = figure.subplots(
-            len(axes_shown), len(volumes), squeeze=False, gridspec_kw={"height_ratios": heights}
-        )
+        grid = figure.subplots(len(axes_shown), len(volumes), squeeze=False, gridspec_kw={"height_ratios": heights})
         shown = set()
         for row, axis, extent in zip(grid, axes_shown, extents, strict=True):
             for number, (ax, volume) in enumerate(zip(row, volumes, strict=True), start=1):
@@ -207,13 +201,9 @@ def _overlay(grey: np.ndarray, labels: np.ndarray, table: LabelTable) -> np.ndar
     return (1 - strength) * grey[..., None] + strength * colors
 
 
-def _show(
-    ax: Any, picture: np.ndarray, size: tuple[float, float], room: tuple[float, float], **options: Any
-) -> Any:
+def _show(ax: Any, picture: np.ndarray, size: tuple[float, float], room: tuple[float, float], **options: Any) -> Any:
     """Picture of `size` mm in the middle of a black panel of `room` mm, so that all panels have one scale."""
-    drawn = ax.imshow(
-        picture, origin="lower", extent=(0, size[0], 0, size[1]), interpolation="nearest", **options
-    )
+    drawn = ax.imshow(picture, origin="lower", extent=(0, size[0], 0, size[1]), interpolation="nearest", **options)
     ax.set_facecolor("black")
     ax.set_xlim((size[0] - room[0]) / 2, (size[0] + room[0]) / 2)
     ax.set_ylim((size[1] - room[1]) / 2, (size[1] + room[1]) / 2)

@@ -63,8 +63,7 @@ def write_posterior(segmentation: Segmentation, path: str | Path) -> None:
     with replacing(path) as temporary:
         if hasattr(data, "children"):  # DataTree; InferenceData compresses by itself
             encoding = {
-                f"/{group}": {name: {"zlib": True} for name in node.data_vars}
-                for group, node in data.children.items()
+                f"/{group}": {name: {"zlib": True} for name in node.data_vars} for group, node in data.children.items()
             }
             data.to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
         else:

@@ -38,14 +38,10 @@ def read_groups(path: str | Path) -> dict[str, tuple[int, ...]]:
         try:
             index = int(row["index"])
         except ValueError:
-            raise InputError(
-                f"{path}, line {line}: expected an integer index, found {row['index']!r}"
-            ) from None
+            raise InputError(f"{path}, line {line}: expected an integer index, found {row['index']!r}") from None
         name = row["group"]
         if seen.setdefault(index, name) != name:
-            raise InputError(
-                f"{path}, line {line}: index {index} is in {seen[index]} and in {name}; keep one"
-            )
+            raise InputError(f"{path}, line {line}: index {index} is in {seen[index]} and in {name}; keep one")
         if index not in groups.get(name, ()):
             groups[name] = (*groups.get(name, ()), index)
     return groups
@@ -119,9 +115,7 @@ def surface_distances(first: np.ndarray, second: np.ndarray, spacing: Sequence[f
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MONAI's deprecations; nothing here is empty
         hausdorff = compute_hausdorff_distance(one, two, include_background=True, percentile=95, spacing=kept)
-        average = compute_average_surface_distance(
-            one, two, include_background=True, symmetric=True, spacing=kept
-        )
+        average = compute_average_surface_distance(one, two, include_background=True, symmetric=True, spacing=kept)
     return float(hausdorff), float(average)
 
 

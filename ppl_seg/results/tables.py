@@ -26,9 +26,7 @@ def format_cell(value: Cell) -> str:
     return str(value)
 
 
-def write_table(
-    path: str | Path, rows: Iterable[Mapping[str, Cell]], columns: Sequence[str] | None = None
-) -> None:
+def write_table(path: str | Path, rows: Iterable[Mapping[str, Cell]], columns: Sequence[str] | None = None) -> None:
     """Write `rows` as TSV, whole or not at all; `columns` default to the keys in order of appearance."""
     rows = list(rows)
     names = list(columns) if columns is not None else list(dict.fromkeys(key for row in rows for key in row))

@@ -16,9 +16,7 @@ COLUMNS = ("scan", "structure", "volume_mm3", "q05", "q50", "q95", "draws", "tou
 BRAIN_COLUMN = "brain_volume_mm3"
 
 
-def border_flags(
-    label_map: np.ndarray, table: LabelTable, field_of_view: np.ndarray | None = None
-) -> np.ndarray:
+def border_flags(label_map: np.ndarray, table: LabelTable, field_of_view: np.ndarray | None = None) -> np.ndarray:
     """Which labels reach the border of the field of view, (M,) bool.
 
     A label reaches it where one of its voxels has a face neighbour outside the array or outside
@@ -65,9 +63,7 @@ def volume_rows(segmentation: Segmentation, scan: str | None = None) -> list[dic
     voxels = dict(zip(values.tolist(), occurrences.tolist(), strict=True))
     draws = len(seg.volume_draws)
     quantiles = (
-        np.quantile(seg.volume_draws, [0.05, 0.5, 0.95], axis=0)
-        if draws
-        else np.full((3, len(seg.table)), np.nan)
+        np.quantile(seg.volume_draws, [0.05, 0.5, 0.95], axis=0) if draws else np.full((3, len(seg.table)), np.nan)
     )
     quality = seg.provenance.get("quality", {})
     return [

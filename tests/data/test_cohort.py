@@ -29,9 +29,7 @@ def names(found) -> list[str]:
 def test_folder_of_scans(tree):
     ours = "sub-1_seg-ppl_desc-T1w_entropy.nii.gz"
     scans = ("b/sub-2_T1w.nii.gz", "sub-1_T1w.nii")
-    root = tree(
-        *scans, "sub-1_dseg.nii.gz", "sub-1_mask.nii.gz", "notes.txt", ".x.nii", ".git/x_T1w.nii", ours
-    )
+    root = tree(*scans, "sub-1_dseg.nii.gz", "sub-1_mask.nii.gz", "notes.txt", ".x.nii", ".git/x_T1w.nii", ours)
     found = find_scans([root])
     assert sorted(names(found)) == ["sub-1_T1w.nii", "sub-2_T1w.nii.gz"]
     assert all(file.base == root for file in found)
@@ -71,9 +69,7 @@ def test_refusals(tree):
 
 def test_contrasts_need_a_suffix(tree):
     root = tree("sub-1_T1w.nii", "sub-1_FLAIR.nii", "sub-2_T1w.nii", "sub-1_mask.nii")
-    with pytest.raises(
-        InputError, match=r"several contrasts .*: FLAIR \(1\), T1w \(2\); choose one with --suffix"
-    ):
+    with pytest.raises(InputError, match=r"several contrasts .*: FLAIR \(1\), T1w \(2\); choose one with --suffix"):
         find_scans([root])
     assert names(find_scans([root], suffix="FLAIR")) == ["sub-1_FLAIR.nii"]
     everything = [path for path in root.iterdir() if path.suffix == ".nii"]
@@ -105,14 +101,9 @@ def test_freesurfer_trees_come_later(tree):
 
 
 def test_channels(tree):
-    root = tree(
-        "sub-1_T1w.nii", "sub-1_FLAIR.nii", "sub-2_ses-1_T1w.nii", "sub-2_ses-1_FLAIR.nii", "a.nii", "b.nii"
-    )
+    root = tree("sub-1_T1w.nii", "sub-1_FLAIR.nii", "sub-2_ses-1_T1w.nii", "sub-2_ses-1_FLAIR.nii", "a.nii", "b.nii")
     for path in ("a.nii", "b.nii"):
-        assert (
-            find_scans([f"{root / 'a.nii'},{root / 'b.nii'}"])[0].paths[0 if path == "a.nii" else 1].name
-            == path
-        )
+        assert find_scans([f"{root / 'a.nii'},{root / 'b.nii'}"])[0].paths[0 if path == "a.nii" else 1].name == path
     with pytest.raises(InputError, match="b.nii: given twice"):
         find_scans([f"{root / 'b.nii'},{root / 'b.nii'}"])
     (root / "a.nii").unlink()

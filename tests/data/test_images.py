@@ -53,8 +53,7 @@ def rotation(angles: tuple[float, float, float]) -> np.ndarray:
 
 
 OBLIQUE = [
-    rotation(a) @ o
-    for a, o in zip([(10, -7, 20), (3, 40, -15), (-60, 5, 1)], orientations()[5::16], strict=False)
+    rotation(a) @ o for a, o in zip([(10, -7, 20), (3, 40, -15), (-60, 5, 1)], orientations()[5::16], strict=False)
 ]
 
 

@@ -26,11 +26,7 @@ def test_background_is_first_and_added():
 
 def test_freesurfer_classes():
     assert class_of_name("Left-Hippocampus") == class_of_name("right-amygdala") == "hippocampus-amygdala"
-    assert (
-        class_of_name("Hippocampus-Anterior")
-        == class_of_name("Left-Hippocampus-CA1")
-        == "hippocampus-amygdala"
-    )
+    assert class_of_name("Hippocampus-Anterior") == class_of_name("Left-Hippocampus-CA1") == "hippocampus-amygdala"
     assert class_of_name("LEFT_CEREBRAL_CORTEX") == class_of_name("ctx-lh-insula") == "cortex"
     assert class_of_name("CC_Posterior") == class_of_name("Right-Cerebral-White-Matter") == "white-matter"
     assert class_of_name("Left-Thalamus-Proper") == "thalamus"
@@ -128,9 +124,7 @@ def test_maps(tmp_path):
     path.write_text("from\tto\n1\t2\n2\t1\n5\t0\n")
     mapping = read_value_map(path)
     assert mapping == {1: 2, 2: 1, 5: 0}
-    np.testing.assert_array_equal(
-        apply_map(np.array([[0, 1, 2], [5, 7, 1]]), mapping), [[0, 2, 1], [0, 7, 2]]
-    )
+    np.testing.assert_array_equal(apply_map(np.array([[0, 1, 2], [5, 7, 1]]), mapping), [[0, 2, 1], [0, 7, 2]])
     for text, message in (
         ("from\tto\n1\t2\n1\t3\n", "line 3: the value 1 is mapped twice"),
         ("a\tb\n", "missing column"),

@@ -49,9 +49,7 @@ def test_outputs_of_channels_and_of_other_names():
 
 
 def test_scan_names():
-    assert (
-        is_scan_name("sub-01_T1w.nii.gz") and is_scan_name("brain.nii.gz") and is_scan_name("mask_study.nii")
-    )
+    assert is_scan_name("sub-01_T1w.nii.gz") and is_scan_name("brain.nii.gz") and is_scan_name("mask_study.nii")
     ours = "sub-01_seg-ppl_desc-T1w_qc.nii.gz"
     for name in (
         "sub-01_dseg.nii.gz",
@@ -78,6 +76,4 @@ def test_matching():
     assert pairs == [(left[0][0], right[0][0]), (left[2][0], right[2][0])]
     assert alone_left == [left[1][0]] and alone_right == [right[1][0], right[3][0]]
     with pytest.raises(InputError, match="several files match it"):
-        match_files(
-            files("p", "sub-1_dseg.nii.gz"), files("t", "sub-1_run-1_dseg.nii.gz", "sub-1_run-2_dseg.nii.gz")
-        )
+        match_files(files("p", "sub-1_dseg.nii.gz"), files("t", "sub-1_run-1_dseg.nii.gz", "sub-1_run-2_dseg.nii.gz"))

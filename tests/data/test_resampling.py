@@ -55,16 +55,12 @@ def test_affine_against_scipy(dtype):
     )
     within = inside(matrix, source.shape[1:], (10, 12, 9)).numpy()
     assert 0.2 < within.mean() < 0.98
-    np.testing.assert_allclose(
-        got[0].numpy()[within], expected[within], atol=1e-5 if dtype == torch.float32 else 1e-10
-    )
+    np.testing.assert_allclose(got[0].numpy()[within], expected[within], atol=1e-5 if dtype == torch.float32 else 1e-10)
     assert (got[0].numpy()[~within] == 0).all()
     nearest = ndimage.affine_transform(
         source[0].double().numpy(), matrix[:3, :3], matrix[:3, 3], (10, 12, 9), order=0, mode="nearest"
     )
-    np.testing.assert_allclose(
-        resample(source, matrix, (10, 12, 9), "nearest")[0].numpy()[within], nearest[within]
-    )
+    np.testing.assert_allclose(resample(source, matrix, (10, 12, 9), "nearest")[0].numpy()[within], nearest[within])
 
 
 def test_a_linear_ramp_is_kept_inside_and_edges_are_not_darkened():

@@ -18,9 +18,7 @@ D = 5
 def posterior(name: str, batch: tuple[int, ...] = (3,), **options: int) -> dist.Distribution:
     family = build_family(name, D, **options).double()
     generator = torch.Generator().manual_seed(2)
-    raw = torch.randn(
-        *batch, family.num_parameters, generator=generator, dtype=torch.float64, requires_grad=True
-    )
+    raw = torch.randn(*batch, family.num_parameters, generator=generator, dtype=torch.float64, requires_grad=True)
     return family(raw)
 
 
@@ -73,9 +71,7 @@ def test_extreme_raw_numbers_are_valid(name: str, size: float) -> None:
     assert bool(q.rsample().isfinite().all()) and bool(kl.isfinite().all()) and bool((kl >= 0).all())
 
 
-@pytest.mark.parametrize(
-    ("name", "options"), [("mean-field", {}), *(("low-rank", {"rank": r}) for r in (1, 4, 50))]
-)
+@pytest.mark.parametrize(("name", "options"), [("mean-field", {}), *(("low-rank", {"rank": r}) for r in (1, 4, 50))])
 def test_kl_is_torchs_between_full_normals(name: str, options: dict[str, int]) -> None:
     """And our closed form."""
     q = posterior(name, **options)
@@ -93,9 +89,7 @@ def test_kl_is_torchs_between_full_normals(name: str, options: dict[str, int]) -
 def test_gradient_of_the_kl_in_raw_numbers(name: str) -> None:
     family = build_family(name, D).double()
     raw = torch.randn(2, family.num_parameters, dtype=torch.float64, requires_grad=True)
-    (actual,) = torch.autograd.grad(
-        torch.distributions.kl_divergence(family(raw), standard_normal()).sum(), raw
-    )
+    (actual,) = torch.autograd.grad(torch.distributions.kl_divergence(family(raw), standard_normal()).sum(), raw)
     (expected,) = torch.autograd.grad(gaussian_kl(*moments(family(raw))).sum(), raw)
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
 

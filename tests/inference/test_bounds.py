@@ -46,9 +46,7 @@ def test_bounds_are_their_quadrature(name: str) -> None:
     expected = (exact.jensen if name == "jensen" else exact.exact) - exact.kl
     guide = problem.guide()
     nesting = model.max_plate_nesting
-    vectorised = build_objective(
-        name, num_particles=4096, vectorize_particles=True, max_plate_nesting=nesting
-    )
+    vectorised = build_objective(name, num_particles=4096, vectorize_particles=True, max_plate_nesting=nesting)
     bound = -float(vectorised.differentiable_loss(model, guide, *problem.arguments()).detach())
     guide = problem.guide()  # rewinds
     singles = [objective.differentiable_loss(model, guide, *problem.arguments()).detach() for _ in range(200)]

@@ -120,9 +120,7 @@ def test_optimiser_and_scheduler_states_survive(kind: str) -> None:
     assert back["optimiser"]["state"].keys() == state["optimiser"]["state"].keys()  # integers stay integers
     for number, values in state["optimiser"]["state"].items():
         for name, value in values.items():
-            assert torch.equal(
-                torch.as_tensor(back["optimiser"]["state"][number][name]), torch.as_tensor(value)
-            )
+            assert torch.equal(torch.as_tensor(back["optimiser"]["state"][number][name]), torch.as_tensor(value))
     optimisers[kind]().load_state_dict(back["optimiser"])
 
 

@@ -41,9 +41,7 @@ def bound(problem: Problem, theta: IntensityParameters, z: Tensor, factor: str) 
 @pytest.mark.parametrize("pseudo", [None, PSEUDO], ids=["no pseudo-counts", "pseudo-counts"])
 @pytest.mark.parametrize("factor", FACTORS)
 @pytest.mark.parametrize("options", [{}, {"maps": True, "mask": "channel"}], ids=["plain", "maps"])
-def test_em_never_lowers_its_bound(
-    options: dict, factor: str, pseudo: PseudoCounts | None, beta: float
-) -> None:
+def test_em_never_lowers_its_bound(options: dict, factor: str, pseudo: PseudoCounts | None, beta: float) -> None:
     """β × mean bound over fixed draws (+ log p(θ) with pseudo-counts), scan by scan, for 12 steps."""
     problem = make_problem(grid=(5, 4), **options)
     model, z, theta = problem.model(beta=beta), draws(problem), problem.theta().detach()
@@ -88,20 +86,14 @@ def test_one_step_is_the_m_step_at_the_old_theta() -> None:
 # Simulated data.
 
 
-def simulated(
-    grid: tuple[int, ...], scans: int = 2
-) -> tuple[SegmentationModel, IntensityParameters, Tensor, Tensor]:
+def simulated(grid: tuple[int, ...], scans: int = 2) -> tuple[SegmentationModel, IntensityParameters, Tensor, Tensor]:
     """Three regions, soft borders, two channels; classes 1 and 2 overlap in each channel alone."""
     rows = torch.linspace(-3, 3, grid[0], dtype=torch.float64)[:, None].expand(grid)
     location_prior = torch.stack([-4 * rows, 0 * rows, 4 * rows]).softmax(0) * 0.94 + 0.02
     shape = ShapePrior(location_prior, LocationDecoder(2, 3, grid), 2)
     intensity = IntensityModel((0, 1, 2), (2, 1, 1), channels=2)
-    mean = torch.tensor([[0.0, 0.1], [0.3, 0.9], [0.5, 0.5], [0.8, 0.6]], dtype=torch.float64).expand(
-        scans, -1, -1
-    )
-    sd = torch.tensor([[0.05, 0.1], [0.05, 0.1], [0.08, 0.1], [0.1, 0.12]], dtype=torch.float64).expand(
-        scans, -1, -1
-    )
+    mean = torch.tensor([[0.0, 0.1], [0.3, 0.9], [0.5, 0.5], [0.8, 0.6]], dtype=torch.float64).expand(scans, -1, -1)
+    sd = torch.tensor([[0.05, 0.1], [0.05, 0.1], [0.08, 0.1], [0.1, 0.12]], dtype=torch.float64).expand(scans, -1, -1)
     weight = torch.tensor([0.3, 0.7, 1.0, 1.0], dtype=torch.float64).expand(scans, -1)
     theta = IntensityParameters(mean, sd, weight.log())
     model = SegmentationModel(shape, intensity)
@@ -223,9 +215,7 @@ def test_em_is_deterministic_and_pure() -> None:
     copies = [t.clone() for t in dataclasses.astuple(theta)]
     model, z = problem.model(), draws(problem)
     first, second = (
-        expectation_maximisation(
-            model, problem.scan, problem.observed, theta, z, iterations=3, maps=MapOptions()
-        )
+        expectation_maximisation(model, problem.scan, problem.observed, theta, z, iterations=3, maps=MapOptions())
         for _ in range(2)
     )
     for a, b in zip(dataclasses.astuple(first), dataclasses.astuple(second), strict=True):

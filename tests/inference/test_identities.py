@@ -26,9 +26,7 @@ CASES = {
 cases = pytest.mark.parametrize(("beta", "options"), CASES.values(), ids=CASES)
 
 
-def loss(
-    elbo: Any, problem: Problem, beta: float, *, label_factor: str | None = None, detach: bool = False
-) -> Tensor:
+def loss(elbo: Any, problem: Problem, beta: float, *, label_factor: str | None = None, detach: bool = False) -> Tensor:
     """The differentiable loss at the first scripted draw of z."""
     form = getattr(elbo, "form", "enumerated" if isinstance(elbo, TraceEnum_ELBO) else "collapsed")
     model = problem.model(form, beta)
@@ -62,9 +60,7 @@ def test_second_jensen_is_the_guide_with_f(beta: float, options: dict[str, Any])
         torch.testing.assert_close(sampled, problem.sampled_kl().sum(), rtol=1e-12, atol=0)
         torch.testing.assert_close(analytic, problem.analytic_kl().sum(), rtol=1e-12, atol=0)
         return
-    assert_same(
-        analytic - problem.analytic_kl().sum(), sampled - problem.sampled_kl().sum(), problem.leaves()
-    )
+    assert_same(analytic - problem.analytic_kl().sum(), sampled - problem.sampled_kl().sum(), problem.leaves())
 
 
 @cases
@@ -77,9 +73,7 @@ def test_third_marginal_is_the_guide_with_r(beta: float, options: dict[str, Any]
         torch.testing.assert_close(sampled, problem.sampled_kl().sum(), rtol=1e-12, atol=0)
         torch.testing.assert_close(analytic, problem.analytic_kl().sum(), rtol=1e-12, atol=0)
         return
-    assert_same(
-        analytic - problem.analytic_kl().sum(), sampled - problem.sampled_kl().sum(), problem.leaves()
-    )
+    assert_same(analytic - problem.analytic_kl().sum(), sampled - problem.sampled_kl().sum(), problem.leaves())
 
 
 @cases
@@ -93,9 +87,7 @@ def test_trace_is_enum(beta: float, options: dict[str, Any]) -> None:
 
 
 @cases
-def test_marginal_less_its_analytic_kl_is_enum_less_its_sampled_kl(
-    beta: float, options: dict[str, Any]
-) -> None:
+def test_marginal_less_its_analytic_kl_is_enum_less_its_sampled_kl(beta: float, options: dict[str, Any]) -> None:
     problem = make_problem(**options)
     marginal = loss(build_objective("marginal"), problem, beta) - problem.analytic_kl().sum()
     enum = loss(build_objective("enum"), problem, beta) - problem.sampled_kl().sum()
@@ -148,9 +140,7 @@ def test_brute_force_over_all_label_maps(mask: str, maps: bool) -> None:
 
 def test_brute_force_of_the_label_factors() -> None:
     """E_q(s)[log p(s, x | z) − log q(s)] over all label maps: f gives jensen, r the exact value."""
-    problem = make_problem(
-        grid=(3, 1), class_of_label=(0, 1, 2), components=(1, 1, 1), mask="none", num_scans=1
-    )
+    problem = make_problem(grid=(3, 1), class_of_label=(0, 1, 2), components=(1, 1, 1), mask="none", num_scans=1)
     log_f, ll = problem.log_f(problem.z())[0], problem.label_ll()[0]
     factors = {"prior": log_f, "posterior": slow.responsibilities(log_f, ll).log()}
     for name, log_q in factors.items():
@@ -170,9 +160,7 @@ def test_several_particles_are_the_mean_of_single_ones(name: str) -> None:
     form = build_objective(name).form
     problem.script.rewind()
     model, guide = problem.model(form, 0.7), problem.guide()
-    singles = [
-        build_objective(name).differentiable_loss(model, guide, *problem.arguments()) for _ in range(4)
-    ]
+    singles = [build_objective(name).differentiable_loss(model, guide, *problem.arguments()) for _ in range(4)]
     problem.script.rewind()
     together = build_objective(name, num_particles=4).differentiable_loss(model, guide, *problem.arguments())
     assert_same(together, torch.stack(singles).mean(), problem.leaves(), rtol=1e-11)

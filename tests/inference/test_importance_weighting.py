@@ -23,9 +23,7 @@ def test_iwae_in_blocks_does_not_decrease() -> None:
     for size in (1, 2, 4, 8):
         guide = problem.guide()  # rewinds
         bounds = [
-            -build_objective("iwae", num_particles=size).differentiable_loss(
-                model, guide, *problem.arguments()
-            )
+            -build_objective("iwae", num_particles=size).differentiable_loss(model, guide, *problem.arguments())
             for _ in range(8 // size)
         ]
         assert problem.script.next == 8

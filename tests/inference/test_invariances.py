@@ -118,9 +118,7 @@ def test_em_of_a_batch_is_em_of_its_scans(factor: str) -> None:
             one.model(), one.scan, one.observed, one.theta().detach(), z[:, b : b + 1], 5, factor
         )
         for name in ("mean", "sd", "log_weight"):
-            torch.testing.assert_close(
-                getattr(together, name)[b : b + 1], getattr(alone, name), rtol=1e-9, atol=1e-11
-            )
+            torch.testing.assert_close(getattr(together, name)[b : b + 1], getattr(alone, name), rtol=1e-9, atol=1e-11)
 
 
 # Two and three dimensions
@@ -152,9 +150,7 @@ def test_one_slice_is_two_dimensional_for_normalisation_and_em() -> None:
         model = problem.model()
         theta = initial_theta(model.intensity, problem.location_prior, scan, problem.observed)
         thetas.append(
-            expectation_maximisation(
-                model, scan, problem.observed, theta, z, iterations=8, maps=MapOptions(blur=1.5)
-            )
+            expectation_maximisation(model, scan, problem.observed, theta, z, iterations=8, maps=MapOptions(blur=1.5))
         )
     for name in ("mean", "sd", "log_weight", "background_log_weight"):
         assert torch.equal(getattr(thetas[0], name), getattr(thetas[1], name)), name

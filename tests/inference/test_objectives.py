@@ -48,9 +48,7 @@ def test_loss_differentiable_loss_and_loss_and_grads_agree(name: str) -> None:
         if door != "loss":
             gradients.append(problem.raw.grad)
         values.append(float(value.detach() if isinstance(value, Tensor) else value))
-    assert values[0] == pytest.approx(values[1], rel=1e-12) and values[1] == pytest.approx(
-        values[2], rel=1e-12
-    )
+    assert values[0] == pytest.approx(values[1], rel=1e-12) and values[1] == pytest.approx(values[2], rel=1e-12)
     assert gradients[0] is not None
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-12, atol=1e-14)
 

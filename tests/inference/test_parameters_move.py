@@ -91,9 +91,7 @@ def test_stage_1_refuses_objectives_about_intensities(name: str) -> None:
     guide = LabelMapGuide(ConvolutionalEncoder(M, GRID, family.num_parameters, width=4), family, M)
     labels = torch.randint(0, M, (2, *GRID))
     with pytest.raises(ValueError):
-        build_objective(name).differentiable_loss(
-            model, guide, labels, torch.ones(2, 1, *GRID, dtype=torch.bool)
-        )
+        build_objective(name).differentiable_loss(model, guide, labels, torch.ones(2, 1, *GRID, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)

@@ -29,9 +29,7 @@ def test_sleep_is_minus_log_q_of_the_simulated_z() -> None:
     problem, model, guide = sleep_problem()
     objective = build_objective("sleep")
     with torch.no_grad():
-        values = torch.stack(
-            [objective.differentiable_loss(model, guide, *problem.arguments()) for _ in range(400)]
-        )
+        values = torch.stack([objective.differentiable_loss(model, guide, *problem.arguments()) for _ in range(400)])
         posterior = guide.posterior().base_dist
         loc, scale = posterior.loc, posterior.scale
         # E_p[−log N(z; μ, σ²)] = ½ log 2πσ² + (1 + μ²) / 2σ²
@@ -51,9 +49,7 @@ def test_sleep_does_not_read_the_scan() -> None:
     values = []
     for scan in (problem.scan, torch.full_like(problem.scan, math.nan)):
         pyro.set_rng_seed(4)
-        loss = build_objective("sleep").differentiable_loss(
-            model, guide, scan, problem.observed, problem.theta()
-        )
+        loss = build_objective("sleep").differentiable_loss(model, guide, scan, problem.observed, problem.theta())
         values.append(loss)
     assert torch.equal(*values)
 

@@ -91,9 +91,7 @@ def test_no_such_folder(tmp_path: Path) -> None:
         load_model_files(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize(
-    "name", ["../outside", "/etc/passwd", "a/b", "..", ".", "", ".hidden", "a\\b", "a\n"]
-)
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/b", "..", ".", "", ".hidden", "a\\b", "a\n"])
 def test_names_with_paths_are_refused(model: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="plain file name"):
         save_model(tmp_path / "new", CONFIG, {}, {name: b""})
@@ -118,9 +116,7 @@ def test_config_of_the_format_itself_or_not_json(tmp_path: Path) -> None:
     assert not (tmp_path / "m").exists()
 
 
-def test_hash_is_of_what_the_model_computes(
-    model: Path, tmp_path: Path, tensors: dict[str, torch.Tensor]
-) -> None:
+def test_hash_is_of_what_the_model_computes(model: Path, tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_model(tmp_path / "same", CONFIG, tensors, {"training.csv": "seconds\n12\n"})
     save_model(tmp_path / "other", CONFIG | {"spacing": 0.2}, tensors)
     save_model(tmp_path / "weights", CONFIG, tensors | {"a": tensors["a"] + 1})

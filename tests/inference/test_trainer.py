@@ -118,9 +118,7 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     guide, _ = toy.train(None, resume=False)
     resumed, log = toy.train(str(tmp_path / "killed"), resume=True)
     assert all(torch.equal(a, b) for a, b in zip(weights(guide), weights(resumed), strict=True))
-    assert [int(row["step"]) for row in rows(tmp_path / "killed" / "training.csv")] == list(
-        range(1, log.steps + 1)
-    )
+    assert [int(row["step"]) for row in rows(tmp_path / "killed" / "training.csv")] == list(range(1, log.steps + 1))
 
 
 def test_checkpoint_kept_until_the_model_is_stored(tmp_path: Path) -> None:
@@ -212,9 +210,7 @@ def test_bad_gradient_names_only_its_parameter() -> None:
         def differentiable_loss(self, model: Any, guide: Any, x: Tensor) -> Tensor:
             return guide.encoder.weight.sum() + guide.log_scale + BadGradient.apply(guide.encoder.bias).sum()
 
-    with pytest.raises(
-        TrainingError, match="step 1: the gradient is not finite.*gradient of guide.encoder.bias"
-    ):
+    with pytest.raises(TrainingError, match="step 1: the gradient is not finite.*gradient of guide.encoder.bias"):
         fit(toy.Model(), toy.Guide(), Objective(), toy.Toy(), progress=False)
 
 
@@ -270,9 +266,7 @@ def test_held_out_evaluation_uses_one_set_of_random_numbers_and_eval_mode() -> N
     assert guide.training and not guide.encoder.training
 
 
-@pytest.mark.parametrize(
-    "objective", [Trace_ELBO(), TraceEnum_ELBO(max_plate_nesting=1), TraceMeanField_ELBO()]
-)
+@pytest.mark.parametrize("objective", [Trace_ELBO(), TraceEnum_ELBO(max_plate_nesting=1), TraceMeanField_ELBO()])
 def test_held_out_bound_is_near_the_evidence(objective: Any) -> None:
     guide, task = toy.Guide(), toy.Toy(held_out=16)
     n = toy.VOXELS
@@ -283,9 +277,7 @@ def test_held_out_bound_is_near_the_evidence(objective: Any) -> None:
     options = TrainingOptions(steps=2, learning_rate=1e-9, eval_every=2)
     log = fit(toy.Model(), guide, objective, task, options, progress=False)
     exact = toy.log_evidence(task.data[:16]) / (16 * n)
-    noise = (
-        0.1 if isinstance(objective, TraceMeanField_ELBO) else 1e-5
-    )  # only the sampled KL cancels the noise
+    noise = 0.1 if isinstance(objective, TraceMeanField_ELBO) else 1e-5  # only the sampled KL cancels the noise
     assert log.best_held_out == pytest.approx(exact, abs=noise)
 
 
@@ -453,7 +445,5 @@ def test_trains_on_a_gpu() -> None:
             pass
 
     guide = toy.Guide()
-    log = fit(
-        toy.Model(), guide, Trace_ELBO(), OnGpu(), TrainingOptions(steps=3, device="cuda"), progress=False
-    )
+    log = fit(toy.Model(), guide, Trace_ELBO(), OnGpu(), TrainingOptions(steps=3, device="cuda"), progress=False)
     assert log.steps == 3 and guide.encoder.weight.is_cuda

@@ -84,9 +84,7 @@ def log_evidence(x: Tensor) -> float:
     return float(dist.MultivariateNormal(torch.zeros(x.shape[1]), covariance).log_prob(x).sum())
 
 
-def train(
-    directory: str | None, resume: bool, task: Toy | None = None, **options: Any
-) -> tuple[Guide, TrainingLog]:
+def train(directory: str | None, resume: bool, task: Toy | None = None, **options: Any) -> tuple[Guide, TrainingLog]:
     """A training with evaluations, an early stop in reach, and a checkpoint every third step."""
     torch.manual_seed(0)
     guide, task = Guide(), task or Toy(held_out=16)

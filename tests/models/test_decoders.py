@@ -27,9 +27,7 @@ def test_f_is_the_location_prior_at_step_0(name: str, grid: tuple[int, ...]) -> 
     shape = ShapePrior(location_prior, build_decoder(name, 4, 3, grid), 4)
     z = 5 * torch.randn(2, 4)
     assert shape.label_scores(z).shape == (2, 3, *grid)
-    torch.testing.assert_close(
-        shape.log_label_probs(z), location_prior.log().expand(2, 3, *grid), rtol=0, atol=1e-6
-    )
+    torch.testing.assert_close(shape.log_label_probs(z), location_prior.log().expand(2, 3, *grid), rtol=0, atol=1e-6)
     assert not shape.label_scores(z).any()
 
 

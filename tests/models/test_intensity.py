@@ -75,9 +75,7 @@ def test_m_step_without_pseudo_counts_is_scikit_learns(options: dict) -> None:
     intensity = problem.intensity()
     resp = intensity.component_responsibilities(label_responsibilities(problem), scan, observed, theta)
     new = intensity.m_step(resp, scan, observed, theta)
-    mean, sd, weight = (
-        torch.from_numpy(a) for a in sklearn_moments(resp, scan, observed, problem.components)
-    )
+    mean, sd, weight = (torch.from_numpy(a) for a in sklearn_moments(resp, scan, observed, problem.components))
     # scikit-learn adds 10 eps to each count, and takes E[x²] − E[x]² in places: 1e-9, not 1e-15
     torch.testing.assert_close(new.mean, mean, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(new.sd, sd, rtol=1e-7, atol=1e-9)
@@ -87,9 +85,7 @@ def test_m_step_without_pseudo_counts_is_scikit_learns(options: dict) -> None:
 def test_m_step_is_pure() -> None:
     problem = make_problem(maps=True)
     scan, observed, theta = flat(problem)
-    resp = problem.intensity().component_responsibilities(
-        label_responsibilities(problem), scan, observed, theta
-    )
+    resp = problem.intensity().component_responsibilities(label_responsibilities(problem), scan, observed, theta)
     inputs = (resp, scan, observed, theta.mean, theta.sd, theta.log_weight, theta.background_log_weight)
     copies = [t.clone() for t in inputs]
     first, second = (problem.intensity().m_step(resp, scan, observed, theta) for _ in range(2))
@@ -141,8 +137,7 @@ def test_m_step_is_where_the_gradient_vanishes(maps: bool, pseudo: PseudoCounts,
     with torch.no_grad():
         for _ in range(10):
             moved = (
-                t + 0.05 * torch.randn(t.shape, generator=generator, dtype=t.dtype)
-                for t in (mean, log_sd, weight)
+                t + 0.05 * torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in (mean, log_sd, weight)
             )
             assert bool((objective(*moved) < best).all())
 
@@ -165,9 +160,7 @@ def test_penalty_is_the_conjugate_density() -> None:
 def test_a_component_that_nothing_belongs_to_stays_finite() -> None:
     problem = make_problem(mask="none")
     scan, observed, theta = flat(problem)
-    resp = problem.intensity().component_responsibilities(
-        label_responsibilities(problem), scan, observed, theta
-    )
+    resp = problem.intensity().component_responsibilities(label_responsibilities(problem), scan, observed, theta)
     resp[:, 2:] = 0  # a whole class without voxels
     resp[:, 1] = 0  # and one component of the other
     new = problem.intensity().m_step(resp, scan, observed, theta)

@@ -20,9 +20,7 @@ def mixture(problem: Problem, *, draws: int = 1) -> tuple[LabelMixture, torch.Te
     z = torch.stack([problem.z(d) for d in range(draws)])
     shape = problem.shape_prior()
     scores = shape.label_scores(z)
-    return LabelMixture(
-        scores, shape.log_location_prior, problem.theta(), problem.intensity(), problem.observed
-    ), z
+    return LabelMixture(scores, shape.log_location_prior, problem.theta(), problem.intensity(), problem.observed), z
 
 
 @pytest.mark.parametrize("mask", ["none", "some", "channel"])

@@ -50,9 +50,7 @@ def plain(problem: Problem, form: str, scores: Tensor) -> Tensor:
 
 
 def leaves_of(problem: Problem, scores: Tensor) -> dict[str, Tensor]:
-    theta = {
-        k: v for k, v in problem.leaves().items() if k in ("mean", "log_sd", "weight_scores", "background")
-    }
+    theta = {k: v for k, v in problem.leaves().items() if k in ("mean", "log_sd", "weight_scores", "background")}
     return {"scores": scores} | theta
 
 
@@ -110,9 +108,7 @@ def test_gradcheck(form: str) -> None:
     theta = problem.theta()
     assert theta.background_log_weight is not None
     inputs = (theta.mean, theta.sd, theta.log_weight, theta.background_log_weight)
-    assert torch.autograd.gradcheck(
-        function, (scores, *(t.detach().clone().requires_grad_() for t in inputs))
-    )
+    assert torch.autograd.gradcheck(function, (scores, *(t.detach().clone().requires_grad_() for t in inputs)))
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 4, 5, 6, 1000])

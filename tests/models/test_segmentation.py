@@ -20,9 +20,7 @@ def test_sites_and_shapes(form: str, grid: tuple[int, ...]) -> None:
     problem = make_problem(grid=grid)
     model = problem.model(form)
     trace = poutine.trace(model).get_trace(*problem.arguments())
-    names = {
-        n for n, site in trace.nodes.items() if site["type"] == "sample" and n not in ("scans", "voxels")
-    }
+    names = {n for n, site in trace.nodes.items() if site["type"] == "sample" and n not in ("scans", "voxels")}
     assert names == FORMS[form]
     assert trace.nodes["z"]["value"].shape == (2, 2)
     if form == "collapsed":
@@ -60,9 +58,7 @@ def test_the_two_forms_simulate_the_same_distribution() -> None:
     """
     problem = make_problem(num_scans=1, mask="none")
     theta, draws = problem.theta().detach(), {}
-    many = IntensityParameters(
-        *(t.expand(20_000, *t.shape[1:]) for t in (theta.mean, theta.sd, theta.log_weight))
-    )
+    many = IntensityParameters(*(t.expand(20_000, *t.shape[1:]) for t in (theta.mean, theta.sd, theta.log_weight)))
     with torch.no_grad():
         for form in FORMS:
             draws[form] = problem.model(form)(theta=many, num_scans=20_000).flatten(1)
@@ -114,9 +110,7 @@ def test_observed_defaults_to_everything(form: str) -> None:
     model = poutine.condition(problem.model(form), {"z": problem.z()})
     data = {"labels": torch.zeros(6, 2, dtype=torch.long)} if form == "enumerated" else {}
     values = [
-        poutine.trace(poutine.condition(model, data))
-        .get_trace(problem.scan, observed, problem.theta())
-        .log_prob_sum()
+        poutine.trace(poutine.condition(model, data)).get_trace(problem.scan, observed, problem.theta()).log_prob_sum()
         for observed in (None, problem.observed)
     ]
     assert torch.equal(*values)

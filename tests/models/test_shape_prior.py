@@ -42,9 +42,7 @@ def test_stage_1_log_likelihood_by_loops(grid: tuple[int, ...]) -> None:
     log_f = problem.log_f(z)
     for b in range(2):
         chosen = [
-            log_f[b, labels[b].flatten()[j], j]
-            for j in range(log_f.shape[-1])
-            if bool(observed[b, 0].flatten()[j])
+            log_f[b, labels[b].flatten()[j], j] for j in range(log_f.shape[-1]) if bool(observed[b, 0].flatten()[j])
         ]
         torch.testing.assert_close(site["log_prob"][b], torch.stack(chosen).sum(), rtol=1e-12, atol=0)
     prior = torch.distributions.Normal(torch.zeros(2).double(), 1.0).log_prob(z).sum(-1)

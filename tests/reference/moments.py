@@ -27,9 +27,7 @@ def sklearn_moments(
             _, means, variances = _estimate_gaussian_parameters(x, resp[keep], 0.0, "diag")
             mean[b, :, c], sd[b, :, c] = means[:, 0], np.sqrt(variances[:, 0])
         anywhere = observed[b].any(0).numpy()
-        counts, _, _ = _estimate_gaussian_parameters(
-            np.zeros((anywhere.sum(), 1)), resp[anywhere], 0.0, "diag"
-        )
+        counts, _, _ = _estimate_gaussian_parameters(np.zeros((anywhere.sum(), 1)), resp[anywhere], 0.0, "diag")
         start = 0
         for k in components:
             weight[b, start : start + k] = counts[start : start + k] / counts[start : start + k].sum()

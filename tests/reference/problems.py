@@ -17,9 +17,7 @@ from tests.reference.draws import Script, ScriptedFamily
 class SmoothDecoder(nn.Module):
     """z (..., D) -> scores (..., M, *grid), tanh of a linear map; same numbers for (3,2) and (3,2,1)."""
 
-    def __init__(
-        self, latent_dim: int, num_labels: int, grid: tuple[int, ...], generator: torch.Generator
-    ) -> None:
+    def __init__(self, latent_dim: int, num_labels: int, grid: tuple[int, ...], generator: torch.Generator) -> None:
         super().__init__()
         self.shape = (num_labels, *grid)
         size = num_labels * math.prod(grid)
@@ -107,11 +105,7 @@ class Problem:
         self.script.rewind()
         if family not in self.guides:
             scripted = family == "scripted"
-            chosen = (
-                ScriptedFamily(self.latent_dim, self.script)
-                if scripted
-                else build_family(family, self.latent_dim)
-            )
+            chosen = ScriptedFamily(self.latent_dim, self.script) if scripted else build_family(family, self.latent_dim)
             if self.raw.shape[-1] != chosen.num_parameters:
                 generator = torch.Generator().manual_seed(9)
                 shape = (self.num_scans, chosen.num_parameters)
@@ -120,9 +114,7 @@ class Problem:
         self.raw = self.guides[family].raw
         return self.guides[family]
 
-    def loss(
-        self, objective: Any, beta: float = 1.0, family: str = "scripted", form: str | None = None
-    ) -> Tensor:
+    def loss(self, objective: Any, beta: float = 1.0, family: str = "scripted", form: str | None = None) -> Tensor:
         """The differentiable loss, from the first scripted draw on, in a parameter store of its own."""
         model = self.model(form or objective.form, beta)
         with pyro.get_param_store().scope():

@@ -55,6 +55,4 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="positions 0 to 1"):
         reliability(np.ones((2, 3)), np.full(3, 2))
     with pytest.raises(ValueError, match="same bins"):
-        reliability(np.ones((1, 1)), np.zeros(1, int)) + reliability(
-            np.ones((1, 1)), np.zeros(1, int), bins=3
-        )
+        reliability(np.ones((1, 1)), np.zeros(1, int)) + reliability(np.ones((1, 1)), np.zeros(1, int), bins=3)

@@ -141,9 +141,7 @@ def test_files_without_counterpart_are_listed(folders: tuple[Path, Path], save: 
         evaluate(extra, lost)
 
 
-def test_different_grids_are_an_error_before_the_work(
-    folders: tuple[Path, Path], save: Save, tmp_path: Path
-) -> None:
+def test_different_grids_are_an_error_before_the_work(folders: tuple[Path, Path], save: Save, tmp_path: Path) -> None:
     save("truth/sub-02_dseg.nii.gz", spacing=2.0)
     out = tmp_path / "scores.tsv"
     with pytest.raises(InputError, match="its grid is 12x10x8 .*that of .*truth.*is 12x10x8") as error:

@@ -69,9 +69,7 @@ def test_qc_puts_left_on_the_left(make_segmentation, tmp_path, monkeypatch):
 @pytest.mark.parametrize("shape", [(9, 4, 5, 6), (3, 8, 9)])
 def test_draws(make_segmentation, tmp_path, shape):
     maps = np.random.default_rng(0).integers(0, 3, shape)
-    draws_figure(
-        maps, make_segmentation().table, np.diag([2.0, 2.0, 2.0, 1.0]), tmp_path / "draws.png", "Draws"
-    )
+    draws_figure(maps, make_segmentation().table, np.diag([2.0, 2.0, 2.0, 1.0]), tmp_path / "draws.png", "Draws")
     assert_picture(tmp_path / "draws.png")
 
 
@@ -85,9 +83,7 @@ def test_slices_show_the_structures_at_their_largest():
 
 def test_training_curves(tmp_path):
     lines = ["step,bound_per_voxel,kl,held_out,learning_rate,seconds"]
-    lines += [
-        f"{n},{-1 - 1 / n},{'' if n % 10 else 0.1},{'' if n % 20 else -1.1},0.001,{n}" for n in range(1, 101)
-    ]
+    lines += [f"{n},{-1 - 1 / n},{'' if n % 10 else 0.1},{'' if n % 20 else -1.1},0.001,{n}" for n in range(1, 101)]
     (tmp_path / "training.csv").write_text("\n".join(lines) + "\n")
     training_figure(tmp_path / "training.csv", tmp_path / "training.png", "fit")
     assert_picture(tmp_path / "training.png")

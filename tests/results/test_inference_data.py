@@ -11,9 +11,7 @@ import xarray
 from ppl_seg.results.inference_data import to_arviz, write_posterior
 
 
-def from_dict_of_arviz_1(
-    data: dict[str, Any], *, sample_dims: list[str], coords: Any, dims: Any
-) -> xarray.DataTree:
+def from_dict_of_arviz_1(data: dict[str, Any], *, sample_dims: list[str], coords: Any, dims: Any) -> xarray.DataTree:
     """The part of ArviZ 1.x' from_dict that is used (arviz_base.io_dict), on xarray alone."""
     groups = {}
     for group, variables in data.items():

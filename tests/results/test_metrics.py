@@ -126,9 +126,7 @@ def test_the_bootstrap_of_many_persons_is_the_normal_interval():
     values = np.random.default_rng(1).normal(0.7, 0.1, 400)
     interval = bootstrap_interval(values, [str(n) for n in range(400)], num=4000)
     half = 1.96 * values.std() / 20
-    assert (interval.low, interval.high) == pytest.approx(
-        (values.mean() - half, values.mean() + half), abs=2e-3
-    )
+    assert (interval.low, interval.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=2e-3)
 
 
 def test_the_bootstrap_leaves_out_what_is_missing():

@@ -27,9 +27,7 @@ def test_files_of_one_segmentation(make_segmentation, out):
     seg = make_segmentation()
     location = output_location(seg.image.path)
     files = write_segmentation(seg, out, location, probabilities=True, save_draws=True)
-    names = {
-        file.name.removeprefix("sub-01_seg-ppl_desc-T1w_") for file in (out / "sub-01" / "anat").iterdir()
-    }
+    names = {file.name.removeprefix("sub-01_seg-ppl_desc-T1w_") for file in (out / "sub-01" / "anat").iterdir()}
     assert names == {
         "dseg.nii.gz", "dseg.json", "entropy.nii.gz", "probseg.nii.gz", "probseg.json", "draws.nii.gz",
         "posterior.nc", "qc.png",
@@ -106,8 +104,7 @@ def test_files_of_an_earlier_run_with_more_options_go(make_segmentation, out):
     write_segmentation(seg, out, location)
     left = {file.name for file in (out / "a").iterdir()}
     assert left == {
-        f"scan_{n}"
-        for n in ("dseg.nii.gz", "dseg.json", "entropy.nii.gz", "posterior.nc", "qc.png", "notes.txt")
+        f"scan_{n}" for n in ("dseg.nii.gz", "dseg.json", "entropy.nii.gz", "posterior.nc", "qc.png", "notes.txt")
     }
 
 

@@ -1,4 +1,4 @@
-"""q(s | z) = f and q(s | z, x) = r: the two label factors of the enumerated guide. f gives Jensen's bound, r the exact one."""
+"""The label factors of the enumerated guide: q(s | z) = f gives Jensen's bound, q(s | z, x) = r the exact one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""z → label scores over the grid. Decoders work at half resolution or coarser and are interpolated: shapes are smooth."""
+"""z → label scores over the grid; computed at half resolution or coarser and interpolated, since shapes are smooth."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""p(x | s): K Gaussians per intensity class, with constant weights or, for the background, weight maps over the grid."""
+"""p(x | s): K Gaussians a class, with constant weights or, for the background, weight maps over the grid."""
 
 from __future__ import annotations
 
@@ -86,7 +86,8 @@ class IntensityModel(nn.Module):
         super().__init__()
         if class_of_label[0] != 0 or set(class_of_label) != set(range(len(components))):
             raise ValueError(
-                f"class_of_label must start with 0 and use every class 0..{len(components) - 1}; found {list(class_of_label)}"
+                f"class_of_label must start with 0 and use every class 0..{len(components) - 1}; "
+                f"found {list(class_of_label)}"
             )
         if min(components) < 1:
             raise ValueError(f"every class needs at least one component; found {list(components)}")

@@ -9,6 +9,8 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
+from .draws import draw_categories
+
 
 class LabelField(TorchDistribution):
     """s_j ~ Categorical(f_j), independent over voxels given z; unobserved voxels count nothing.
@@ -49,5 +51,5 @@ class LabelField(TorchDistribution):
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         """Label positions, (*sample_shape, *S, B, *grid)."""
-        draws = torch.distributions.Categorical(logits=self.logits.movedim(-2, -1)).sample(sample_shape)
-        return draws.unflatten(-1, self.event_shape)
+        f = self.logits.softmax(-2).expand(*sample_shape, *self.logits.shape)
+        return draw_categories(f).unflatten(-1, self.event_shape)

@@ -9,6 +9,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
+from .draws import draw_categories
 from .intensity import IntensityModel, IntensityParameters
 from .likelihood import label_mixture_expected_log_prob, label_mixture_log_prob
 
@@ -74,8 +75,8 @@ class LabelMixture(TorchDistribution):
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         """Simulated scans, (*sample_shape, *S, B, C, *grid); unobserved voxels are 0."""
-        logits = (self.scores + self.log_location_prior).movedim(-2, -1)  # (*S, B, J, M)
-        labels = torch.distributions.Categorical(logits=logits).sample(sample_shape)
+        f = (self.scores + self.log_location_prior).softmax(-2)
+        labels = draw_categories(f.expand(*sample_shape, *f.shape))
         scan = sample_intensities(labels, self.theta, self.intensity)
         scan = torch.where(self.observed, scan, 0.0)
         return scan.unflatten(-1, self.grid)
@@ -83,16 +84,14 @@ class LabelMixture(TorchDistribution):
 
 def sample_intensities(labels: Tensor, theta: IntensityParameters, intensity: IntensityModel) -> Tensor:
     """x ~ p(x | s) for label positions (..., B, J), as (..., B, C, J)."""
-    batch, voxels = labels.shape[-2:]
-    log_weight = theta.log_weight.unsqueeze(-1).expand(batch, -1, voxels).clone()
-    if theta.background_log_weight is not None:
-        log_weight[:, : intensity.components[0]] = theta.background_log_weight
-    of_class = torch.full((len(intensity.components), intensity.num_components), -float("inf"), dtype=log_weight.dtype)
-    of_class = of_class.to(log_weight.device)
-    of_class[intensity.class_of_component, torch.arange(intensity.num_components, device=of_class.device)] = 0.0
-    classes = intensity.class_of_label[labels]  # (..., B, J)
-    logits = log_weight.movedim(1, -1) + of_class[classes]
-    component = torch.distributions.Categorical(logits=logits).sample()
-    rows = torch.arange(batch, device=labels.device)[:, None] if theta.mean.shape[0] > 1 else 0
+    weights = theta.log_weight.exp().unsqueeze(-1)
+    maps = theta.background_log_weight
+    component = torch.zeros_like(labels)
+    classes = intensity.class_of_label[labels]
+    for n, of_class in enumerate(intensity.slices):
+        share = maps.exp()[None] if n == 0 and maps is not None else weights[:, of_class]
+        drawn = draw_categories(share.expand(*labels.shape[:-1], -1, labels.shape[-1]))
+        component = torch.where(classes == n, drawn + of_class.start, component)
+    rows = torch.arange(labels.shape[-2], device=labels.device)[:, None] if theta.mean.shape[0] > 1 else 0
     mean, sd = theta.mean[rows, component], theta.sd[rows, component]
     return (mean + sd * torch.randn_like(mean)).movedim(-1, -2)

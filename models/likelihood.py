@@ -1,9 +1,10 @@
-"""The collapsed voxel factor and Jensen's counterpart: one fused autograd function, in chunks of voxels that stay in cache.
+"""The collapsed voxel factor and Jensen's counterpart: one fused autograd function, chunk by chunk.
 
 marginal:  Σ_j o_j log Σ_m f_jm p(x_j | m) = Σ_j o_j [lse_m(a_jm + ℓ_jm) − lse_m(a_jm)],   gradient in a: r − f
 jensen:    Σ_j o_j Σ_m f_jm ℓ_jm,                                                          gradient in a: f (ℓ − Σ f ℓ)
 
-with a = scores + log p_loc and f = softmax(a). Nothing of size M × J is kept between forward and backward but the scores.
+with a = scores + log p_loc and f = softmax(a). Nothing of size M × J is kept between forward and backward but the
+scores.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ def _apply(
 ) -> Tensor:
     settings = (intensity, chunk, expected)
     arguments = (theta.mean, theta.sd, theta.log_weight, theta.background_log_weight)
-    result: Tensor = _VoxelFactor.apply(scores, log_location_prior, scan, observed, settings, *arguments)  # type: ignore[no-untyped-call]
-    return result
+    factor: Tensor = _VoxelFactor.apply(scores, log_location_prior, scan, observed, settings, *arguments)
+    return factor
 
 
 def _chunks(total: int, size: int) -> list[slice]:

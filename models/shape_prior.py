@@ -111,7 +111,7 @@ def location_prior(labels: Tensor, observed: Tensor, num_labels: int, blur: floa
 
 
 def gaussian_blur(volume: Tensor, sd: float) -> Tensor:
-    """Separable Gaussian blur of (B, C, *grid), sd in voxels, edges replicated; axes of length 1 are left as they are."""
+    """Separable Gaussian blur of (B, C, *grid), sd in voxels, edges replicated; axes of length 1 are left alone."""
     if sd <= 0:
         return volume
     radius = max(1, int(3 * sd + 0.5))

@@ -106,7 +106,8 @@ def page(
     if best in rows:
         mean = cells[best, "mean"]
         lines.append(f"- Best of b–d: {best}, {mean['dice']:.3f}; minus (a): {interval(mean, 'gain', '+')}.")
-        lines += [f"- (f) minus {best}: {cells['f', 'mean']['dice'] - mean['dice']:+.3f}."] * ("f" in rows)
+        if "f" in rows:
+            lines.append(f"- (f) minus {best}: {cells['f', 'mean']['dice'] - mean['dice']:+.3f}.")
     for name, error in errors.items():
         lines.append(f"- Calibration error within {NEAR} voxels of the structures, {name}: {error:.3f}.")
     lines += [f"- {budget(seconds)}", "", "| stage | seconds |", "|---|---|"]

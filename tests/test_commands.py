@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -181,6 +182,23 @@ def test_one_bad_scan_among_others(study: Study, run: Run, tmp_path: Path) -> No
     assert written == {"sub-01_seg-ppl_desc-T1w_dseg.nii.gz"}
 
 
+def test_a_prior_of_few_maps(study: Study, run: Run, tmp_path: Path) -> None:
+    maps = sorted(study.maps.iterdir())[:4]
+    run("prior", *maps, "--out", tmp_path / "few", "--latent-dim", 2, "--steps", 2)
+    assert "too few" in json.loads((tmp_path / "few" / "report.json").read_text())["judged_on"]
+
+
+def test_ctrl_c(study: Study, tmp_path: Path) -> None:
+    arguments = ("prior", str(study.maps), "--out", str(tmp_path / "out"), "--steps", "100000", "--threads", "1")
+    process = subprocess.Popen([sys.executable, "-m", "ppl_seg", *arguments], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    while "label maps" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == "ppl-seg: interrupted\n"
+    assert process.returncode == 130
+
+
 def test_prior_bad_input(study: Study, ask: Ask, tmp_path: Path) -> None:
     out = ("--out", tmp_path / "out", "--steps", 2)
     assert "none: no such file" in ask("prior", tmp_path / "none", *out)
@@ -237,6 +255,10 @@ def test_segment_bad_input(study: Study, ask: Ask, tmp_path: Path) -> None:
     assert "--align rigid: " in ask(*segment, "--align", "rigid")
     assert "--objective" in ask(*segment, "--objective", "nothing")
     assert "--guide" in ask(*segment, "--guide", "low-rank")
+    before = snapshot(study.scans)
+    into = ("segment", study.scans, "--model", study.fitted, "--draws", 3, "--out", study.scans)
+    assert "--out" in ask(*into)
+    assert snapshot(study.scans) == before
     assert not (tmp_path / "out").exists()
 
 

@@ -109,12 +109,13 @@ class Model:
         return model
 
     def place(self, own: OwnScan, align: str | None = None) -> tuple[Tensor, Tensor, Tensor, np.ndarray]:
-        """A scan normalised in its own voxels (C, X, Y, Z), on the grid (1, C, *grid), observed there, and the matrix."""
+        """A scan normalised in its own voxels (C, X, Y, Z), on the grid (1, C, *grid), observed there, the matrix."""
         normalised = normalise(own.intensities[None], own.observed[None])[0]
         scan, observed, matrix = scan_on_grid(normalised, own.observed, own.image, self.grid, align or self.align)
         if not bool(observed.any()):
             raise InputError(
-                f"{own.image.path}: nothing of the scan lies on the prior's grid; use --align center, or give scans of its space"
+                f"{own.image.path}: nothing of the scan lies on the prior's grid; use --align center, or "
+                "give scans of its space"
             )
         return normalised, scan[None], observed[None], matrix
 
@@ -160,7 +161,8 @@ class Model:
             raise InputError(f"--draws {draws}, --refine {refine}: expected at least 1 draw and 0 steps")
         if len(paths) != self.channels and self.scan_guide is not None:
             raise InputError(
-                f"{paths[0]}: the model was fitted to scans of {self.channels} channels; found {len(paths)}; see --channels"
+                f"{paths[0]}: the model was fitted to scans of {self.channels} channels; found {len(paths)}; "
+                "see --channels"
             )
         where = resolve_device(device)
         own = load_scan(paths, mask)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 
 from ppl_seg import __version__
 from ppl_seg.api.model import Model, load_model
-from ppl_seg.api.output import say
+from ppl_seg.api.output import LOGGER, say
 from ppl_seg.data.cohort import Found, find_scans
+from ppl_seg.data.grids import check_alignment
 from ppl_seg.data.names import output_location
 from ppl_seg.errors import InputError
+from ppl_seg.inference.trainer import resolve_device
 
 
 @dataclass
@@ -64,6 +67,8 @@ def segment_scans(
     from ppl_seg.results.writer import is_complete, recorded, write_segmentation
 
     loaded = model if isinstance(model, Model) else load_model(model)
+    check_alignment(align or loaded.align)
+    resolve_device(device)
     found = find_scans([str(given) for given in scans], suffix, channels)
     out = Path(out)
     places = output_places(found, out, channels)
@@ -76,7 +81,8 @@ def segment_scans(
     if len(done) < len(there) and not force:
         other = next(place for place in there if place not in done)
         raise InputError(
-            f"{out / other[0] / other[1]}_dseg.nii.gz: made with another model or other options; choose another --out, or --force"
+            f"{out / other[0] / other[1]}_dseg.nii.gz: made with another model or other options; "
+            "choose another --out, or --force"
         )
     write_dataset_files(out, sorted({str(file.base or file.path.parent) for file in found}), __version__)
     append_log(out, f"ppl_seg {__version__}: {len(found)} scans, options {expected}")
@@ -95,10 +101,14 @@ def segment_scans(
                 row["message"] = "; ".join(result.image.warnings)
             except InputError as error:
                 row |= {"status": "failed", "message": str(error)}
+            except (RuntimeError, MemoryError, ArithmeticError) as error:  # one bad scan must not end the run
+                LOGGER.debug("%s", file.path, exc_info=True)
+                row |= {"status": "failed", "message": f"{type(error).__name__}: {error}"}
         row["seconds"] = time.monotonic() - began
         append_log(out, f"{row['status']} {row['scan']} {row['seconds']:.1f} s {row['message']}".rstrip())
         report.rows.append(row)
-    say([f"{sum(row['status'] == 'ok' for row in report.rows)} of {len(found)} scans segmented into {out}"])
+    counts = Counter(row["status"] for row in report.rows)
+    say([f"{', '.join(f'{count} {status}' for status, count in counts.items())}: {out}"])
     return report
 
 
@@ -107,6 +117,9 @@ def output_places(found: Sequence[Found], out: Path, channels: Sequence[str]) ->
     places = [output_location(file.path, file.base, channels if len(file.paths) > 1 else ()) for file in found]
     seen: dict[tuple[Path, str], Path] = {}
     inputs = {path.resolve() for file in found for path in file.paths}
+    folders = {path.parent for path in inputs}
+    if out.resolve() in folders:
+        raise InputError(f"{out}: the output folder is a folder of inputs; choose another --out")
     for file, place in zip(found, places, strict=True):
         if place in seen:
             raise InputError(

@@ -82,8 +82,8 @@ def read_scan(path: str | os.PathLike[str]) -> Image:
     return Image(data, image.affine, path, image.header, tuple(warnings))
 
 
-def read_label_map(path: str | os.PathLike[str]) -> Image:
-    """A label map as int32. Raises InputError for values that are not integers, all zero, or a scan."""
+def read_label_map(path: str | os.PathLike[str], empty_ok: bool = False) -> Image:
+    """A label map as int32. InputError for values that are not integers, a scan, or (unless `empty_ok`) all zero."""
     path = Path(path)
     image = _read(path, None)
     data = image.data
@@ -101,7 +101,7 @@ def read_label_map(path: str | os.PathLike[str]) -> Image:
         raise InputError(f"{path}: label values {data.min():g} to {data.max():g} do not fit 32 bits")
     data = data.astype(np.int32)
     distinct = np.unique(data)
-    if len(distinct) == 1 and distinct[0] == 0:
+    if not empty_ok and len(distinct) == 1 and distinct[0] == 0:
         raise InputError(f"{path}: all voxels are 0; expected a label map with at least one structure")
     if len(distinct) > 4 * FEW_VALUES and _equal_neighbours(data) <= _NEIGHBOURS_OF_A_SCAN:
         raise InputError(

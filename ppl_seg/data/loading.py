@@ -44,7 +44,7 @@ def load_scan(paths: Sequence[Path], mask: str | Path = "auto") -> OwnScan:
 def scan_on_grid(
     intensities: Tensor, observed: Tensor, image: Image, grid: Grid, align: str
 ) -> tuple[Tensor, Tensor, np.ndarray]:
-    """A scan (C, X, Y, Z) on the prior's grid: (scan (C, *grid), observed (C, *grid), matrix grid voxel → scan voxel)."""
+    """A scan (C, X, Y, Z) on the prior's grid: scan and observed (C, *grid), and the matrix grid → scan."""
     matrix = alignment_matrix(align, image, grid)
     weight = resample(observed.to(intensities.dtype), matrix, grid.shape)
     filled = resample(intensities, matrix, grid.shape)

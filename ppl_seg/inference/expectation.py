@@ -19,7 +19,8 @@ Factor = Literal["prior", "posterior"]
 class MapOptions:
     """How the background's weight maps are learned.
 
-    blur: sd of the Gaussian, voxels of the prior's grid. pseudo_count: how many scans' worth of the global mean is added.
+    blur: sd of the Gaussian, voxels of the prior's grid. pseudo_count: how many scans' worth of the global mean is
+        added.
     """
 
     blur: float = 1.5
@@ -100,8 +101,8 @@ def update_theta(
 def background_maps(statistics: Tensor, grid: tuple[int, ...], options: MapOptions) -> Tensor:
     """Log weight maps from observed background responsibilities by component, both (K0, J).
 
-    w_k(j) ∝ (G ∗ R_k)(j) + pseudo_count · mean_j R_k / Σ_k mean_j R_k: approximate EM; the blur is what keeps maps of one scan
-    from collapsing to one-hot.
+    w_k(j) ∝ (G ∗ R_k)(j) + pseudo_count · mean_j R_k / Σ_k mean_j R_k: approximate EM; the blur is what keeps maps
+    of one scan from collapsing to one-hot.
     """
     blurred = gaussian_blur(statistics.view(1, -1, *grid), options.blur).flatten(2)[0]
     share = statistics.sum(1, keepdim=True)
@@ -113,7 +114,7 @@ def background_maps(statistics: Tensor, grid: tuple[int, ...], options: MapOptio
 def initial_theta(
     intensity: IntensityModel, location_prior: Tensor, scan: Tensor, observed: Tensor
 ) -> IntensityParameters:
-    """Where EM starts: each class' moments under p_loc; components of a class spread over its quantiles, in rising order.
+    """Where EM starts: each class' moments under p_loc, its components spread in rising order.
 
     Args:
         location_prior: p_loc, (M, *grid). scan, observed: (B, C, *grid).

@@ -24,6 +24,11 @@ def choose(pool: Tensor, size: int, generator: torch.Generator) -> Tensor:
     return pool[torch.randperm(len(pool), generator=generator)[:size].to(pool.device)]
 
 
+def batches(pool: Tensor, size: int) -> Iterable[Tensor]:
+    """Positions in batches; none of none (torch's split makes one empty batch of none)."""
+    return pool.split(size) if len(pool) else ()
+
+
 class LabelMapTask(Task):
     """Stage 1: batches of augmented label maps.
 
@@ -51,7 +56,7 @@ class LabelMapTask(Task):
 
     def held_out(self) -> Iterable[Batch]:
         """The maps that only judge, as they are."""
-        for some in self.judging.split(self.batch_size):
+        for some in batches(self.judging, self.batch_size):
             yield self._batch(self.labels[some].long(), self.observed[some])
 
     def terms(self, model: Any, guide: Any, args: tuple[Any, ...]) -> dict[str, float]:
@@ -127,7 +132,7 @@ class ScanTask(Task):
 
     def held_out(self) -> Iterable[Batch]:
         """The scans that only judge; their θ follows, the maps do not."""
-        for chosen in self.judging.split(self.batch_size):
+        for chosen in batches(self.judging, self.batch_size):
             if self.factor is not None:
                 self._update(chosen, learn_maps=False)
             yield self._batch(chosen)

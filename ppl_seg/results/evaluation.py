@@ -103,7 +103,7 @@ def _with_base(found: Sequence[Found]) -> list[tuple[Path, Path | None]]:
 
 
 def _read(pair: tuple[Path, Path]) -> tuple[Image, Image]:
-    return read_label_map(pair[0]), read_label_map(pair[1])
+    return read_label_map(pair[0], empty_ok=True), read_label_map(pair[1], empty_ok=True)
 
 
 def _check(pairs: Sequence[tuple[Path, Path]]) -> list[int]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ppl_seg.data.resampling import inside, resample
+from ppl_seg.models.draws import draw_categories
 from ppl_seg.models.intensity import IntensityParameters
 from ppl_seg.models.segmentation import SegmentationModel
 
@@ -22,8 +23,8 @@ class Readout:
     """What the draws say, in the scan's own voxels (X, Y, Z).
 
     labels: argmax of the marginals, positions. marginals: (M, X, Y, Z), averaged over draws of z. entropy: nats.
-    counts: (S, M) voxels of each label in each drawn segmentation. draws: (S, X, Y, Z) positions, uint8 or int16, or None.
-    log_likelihood: (S,) log p(x | z) of each draw over the scan's own observed voxels, β not applied.
+    counts: (S, M) voxels of each label in each drawn segmentation. draws: (S, X, Y, Z) positions, uint8 or int16, or
+    None. log_likelihood: (S,) log p(x | z) of each draw over the scan's own observed voxels, β not applied.
     """
 
     labels: Tensor
@@ -47,8 +48,8 @@ def read_out(
     """Read S draws of z out.
 
     f and the weight maps are brought to the scan's own voxels and responsibilities computed from its own intensities
-    (probabilities interpolated back from a 2 mm grid lose 0.06 Dice, hard labels 0.12). Outside the prior's grid the label
-    is background with probability 1.
+    (probabilities interpolated back from a 2 mm grid lose 0.06 Dice, hard labels 0.12). Outside the prior's grid the
+    label is background with probability 1.
 
     Args:
         model: the program. z: (S, D). theta: of this scan, (1, ...), maps on the prior's grid.
@@ -79,7 +80,7 @@ def read_out(
             log_evidence.append(torch.where(any_seen, evidence.log() + peak, 0.0).sum())
             p = f if name == "decoder" else joint / evidence
             total += p
-            drawn = draw_labels(p)
+            drawn = draw_categories(p)
             counts.append(torch.bincount(drawn, minlength=len(p)))
             if keep_draws:
                 draws.append(drawn.to(torch.uint8 if len(p) <= 256 else torch.int16).view(own))
@@ -99,17 +100,6 @@ def _decoded(model: SegmentationModel, z: Tensor, batch: int = 8) -> Iterator[Te
     """f on the prior's grid, (M, *grid), draw by draw; decoded a few at a time, which is faster."""
     for some in z.split(batch):
         yield from model.shape_prior.log_label_probs(some).exp()
-
-
-def draw_labels(probabilities: Tensor) -> Tensor:
-    """One label for every voxel from (M, J) probabilities, by inverting their running sum."""
-    uniform = torch.rand(probabilities.shape[1], dtype=probabilities.dtype, device=probabilities.device)
-    drawn = torch.zeros(probabilities.shape[1], dtype=torch.int64, device=probabilities.device)
-    running = torch.zeros_like(uniform)
-    for row in probabilities[:-1]:
-        running = running + row
-        drawn += uniform >= running
-    return drawn
 
 
 def first_argmax(values: Tensor) -> Tensor:

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from pyro import distributions as dist
 from torch import Tensor, nn
-from torch.distributions import Independent, LowRankMultivariateNormal, Normal, kl_divergence, register_kl
+from torch.distributions import (
+    Independent,
+    LowRankMultivariateNormal,
+    MultivariateNormal,
+    Normal,
+    kl_divergence,
+    register_kl,
+)
 from torch.nn import functional
 
 SCALE_FLOOR = 1e-3
@@ -92,6 +99,17 @@ def _kl_low_rank_to_normal(q: LowRankMultivariateNormal, p: Independent[Any]) ->
     with _full_precision(q.loc):
         capacitance = identity + q.cov_factor.mT @ scaled  # matrix determinant lemma
     log_det = q.cov_diag.log().sum(-1) + torch.linalg.slogdet(capacitance).logabsdet
+    return 0.5 * ((spread / variance - 1 + variance.log()).sum(-1) - log_det)
+
+
+@register_kl(MultivariateNormal, Independent)
+def _kl_full_to_normal(q: MultivariateNormal, p: Independent[Any]) -> Tensor:
+    """As above, for a full covariance given by its Cholesky factor."""
+    if not isinstance(p.base_dist, Normal) or p.reinterpreted_batch_ndims != 1:
+        raise NotImplementedError
+    variance = p.base_dist.scale.square()
+    spread = q.variance + (q.loc - p.base_dist.loc).square()
+    log_det = 2 * q.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     return 0.5 * ((spread / variance - 1 + variance.log()).sum(-1) - log_det)
 
 

@@ -9,19 +9,35 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..models.shape_prior import ShapePrior
 from .families import Family
 
 
 class LabelMapGuide(PyroModule):
     """q(z | s) from one-hot label maps; unobserved voxels are zero in every channel.
 
+    The encoder speaks of the decoder's own coordinates u; `follow` makes it answer in those of a calibrated prior,
+    u = m + L z, where q is a full normal.
+
     Args:
         encoder: (B, M, *grid) → raw parameters. family: raw parameters → distribution. num_labels: M.
     """
 
+    latent_loc: Tensor
+    latent_scale_tril: Tensor
+
     def __init__(self, encoder: nn.Module, family: Family, num_labels: int) -> None:
         super().__init__()
         self.label_encoder, self.family, self.num_labels = encoder, family, num_labels
+        self.register_buffer("latent_loc", torch.zeros(family.latent_dim))
+        self.register_buffer("latent_scale_tril", torch.eye(family.latent_dim))
+        self.calibrated = False
+
+    def follow(self, shape_prior: ShapePrior) -> None:
+        """Take over the coordinates of a calibrated prior."""
+        self.latent_loc.copy_(shape_prior.latent_loc)
+        self.latent_scale_tril.copy_(shape_prior.latent_scale_tril)
+        self.calibrated = True
 
     def raw(self, labels: Tensor, observed: Tensor) -> Tensor:
         """Raw parameters, (B, P), of label positions (B, *grid) with observed (B, 1, *grid)."""
@@ -33,7 +49,20 @@ class LabelMapGuide(PyroModule):
     def posterior(self, labels: Tensor, observed: Tensor) -> dist.Distribution:
         """q(z | s)."""
         posterior: dist.Distribution = self.family(self.raw(labels, observed))
-        return posterior
+        return self._standardised(posterior) if self.calibrated else posterior
+
+    def _standardised(self, posterior: dist.Distribution) -> dist.Distribution:
+        """q(z) from q(u): N(L⁻¹(a − m), L⁻¹ Σ L⁻ᵀ)."""
+        if isinstance(posterior, dist.LowRankMultivariateNormal):
+            covariance = posterior.covariance_matrix
+        else:
+            covariance = torch.diag_embed(posterior.variance)
+        scale_tril = self.latent_scale_tril.double()
+        centred = (posterior.mean - self.latent_loc).double().unsqueeze(-1)
+        loc = torch.linalg.solve_triangular(scale_tril, centred, upper=False).squeeze(-1)
+        root = torch.linalg.solve_triangular(scale_tril, torch.linalg.cholesky(covariance.double()), upper=False)
+        # L⁻¹ chol(Σ) is lower triangular with a positive diagonal: it is the Cholesky factor
+        return dist.MultivariateNormal(loc.to(posterior.mean.dtype), scale_tril=root.to(posterior.mean.dtype))
 
     def forward(self, labels: Tensor, observed: Tensor) -> Tensor:
         """Sample z (B, D)."""

@@ -13,7 +13,10 @@ from .label_field import LabelField
 
 
 class ShapePrior(nn.Module):
-    """f_j(z) = softmax_m(decoder(z)_jm + log p_loc,jm), with p(z) = N(0, I).
+    """f_j(z) = softmax_m(decoder(m + L z)_jm + log p_loc,jm), with p(z) = N(0, I).
+
+    m = 0 and L = I while the decoder is learned; `calibrate` then sets them, so that p(z) is the density of the
+    anatomies themselves and not of their augmented copies.
 
     Args:
         location_prior: p_loc, (M, *grid), positive.
@@ -25,12 +28,16 @@ class ShapePrior(nn.Module):
     """
 
     log_location_prior: Tensor
+    latent_loc: Tensor
+    latent_scale_tril: Tensor
 
     def __init__(self, location_prior: Tensor, decoder: nn.Module, latent_dim: int) -> None:
         super().__init__()
         if not location_prior.is_meta and not bool((location_prior > 0).all()):
             raise ValueError("the location prior must be positive everywhere: give it a floor")
         self.register_buffer("log_location_prior", location_prior.log())
+        self.register_buffer("latent_loc", location_prior.new_zeros(latent_dim))
+        self.register_buffer("latent_scale_tril", torch.eye(latent_dim, dtype=location_prior.dtype))
         self.decoder = decoder
         self.latent_dim = latent_dim
 
@@ -51,8 +58,13 @@ class ShapePrior(nn.Module):
 
     def label_scores(self, z: Tensor) -> Tensor:
         """Decoder output, (..., M, *grid)."""
-        scores: Tensor = self.decoder(z)
+        scores: Tensor = self.decoder(self.latent_loc + z @ self.latent_scale_tril.T)
         return scores
+
+    def calibrate(self, loc: Tensor, covariance: Tensor) -> None:
+        """Let z = 0 be `loc` (D,) and z ~ N(0, I) have `covariance` (D, D) in the decoder's own coordinates."""
+        self.latent_loc.copy_(loc)
+        self.latent_scale_tril.copy_(torch.linalg.cholesky(covariance))
 
     def label_logits(self, z: Tensor) -> Tensor:
         """a = scores + log p_loc, (..., M, *grid)."""

@@ -295,8 +295,8 @@ class Model:
         labels, inside = labels_on_grid(image, self.table, {}, self.grid, align or self.align)
         guide = self.label_guide.to(scan.device)
         with torch.no_grad():
-            raw = guide.raw(labels[None].to(scan.device), inside[None].to(scan.device))
-        posterior = infer(model, guide.family, raw, scan, observed, theta, recipe, 0)
+            q = guide.posterior(labels[None].to(scan.device), inside[None].to(scan.device))
+        posterior = Posterior(q, theta)
         z = posterior.sample(4)
         for _ in range(recipe.em_iterations):
             posterior.theta, _ = update_theta(
@@ -319,6 +319,7 @@ def load_model(directory: str | Path) -> Model:
             labels["family"], prior.latent_dim, len(table), prior.grid, **labels["options"]
         )
         label_guide.load_state_dict(take_prefix(tensors, "label_guide"))
+        label_guide.follow(prior)
         scan_guide = None
         if config["kind"] == "fit":
             options = config["scan_guide"]["options"]

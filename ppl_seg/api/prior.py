@@ -25,6 +25,7 @@ from ppl_seg.data.names import parse_name
 from ppl_seg.data.tables import read_value_map, table_for
 from ppl_seg.errors import InputError
 from ppl_seg.guides.families import FAMILIES
+from ppl_seg.inference.calibration import calibrate_prior
 from ppl_seg.inference.checkpoint import remove_checkpoint
 from ppl_seg.inference.networks import build_label_map_guide, build_shape_prior, freeze
 from ppl_seg.inference.objectives import build_objective
@@ -36,7 +37,7 @@ from ppl_seg.models.shape_prior import ShapeModel, location_prior
 FEWEST_MAPS = 3
 HELD_OUT_SHARE = 0.1
 BATCH_SIZE = 8
-STEPS = 3000
+STEPS = 4000
 LEARNING_RATE = 2e-3
 LATENT_DIM = 64
 
@@ -128,6 +129,7 @@ def learn_prior(
     )
     freeze(shape_prior.cpu())
     freeze(label_guide.cpu())
+    calibrate_prior(shape_prior, label_guide, maps.labels[kept], maps.observed[kept])
     report = prior_report(shape_prior, label_guide, maps.labels, maps.observed, held_out, maps.table.names, log)
     with torch.no_grad():
         codes = torch.cat(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import pyro
 import torch
+from pyro import distributions as dist
 from torch import Tensor
 
 from ..guides.families import Family, kl_to_prior
@@ -24,22 +25,22 @@ def factor_of(objective: str) -> Factor:
 
 @dataclass
 class Posterior:
-    """q(z) and θ of a batch of scans, with the bound per scan at each step (nats)."""
+    """q(z) and θ of a batch of scans, with the bound at each gradient step (nats, mean over scans, one draw of z)."""
 
-    guide: PerScanGuide
+    q: dist.Distribution
     theta: IntensityParameters
     bounds: list[float] = field(default_factory=list)
 
     def sample(self, draws: int) -> Tensor:
         """z, (draws, B, D)."""
         with torch.no_grad():
-            drawn: Tensor = self.guide.posterior().sample((draws,))
+            drawn: Tensor = self.q.sample((draws,))
         return drawn
 
     def kl(self, model: SegmentationModel) -> Tensor:
         """KL(q ‖ p), (B,)."""
         with torch.no_grad():
-            return kl_to_prior(self.guide.posterior(), model.shape_prior.prior())
+            return kl_to_prior(self.q, model.shape_prior.prior())
 
 
 def start_theta(
@@ -97,7 +98,7 @@ def infer(
         learn_maps: learn the background maps from these scans.
     """
     guide = PerScanGuide(family, raw)
-    posterior = Posterior(guide, theta)
+    bounds: list[float] = []
     objective = build_objective(recipe.objective)
     optimizer = torch.optim.Adam([guide.raw], lr=recipe.refine_rate, betas=(0.8, 0.95))
     factor = factor_of(recipe.objective)
@@ -106,14 +107,15 @@ def infer(
             for group in optimizer.param_groups:  # down to a tenth: the last steps settle
                 group["lr"] = recipe.refine_rate * (1 - 0.9 * step / steps)
             optimizer.zero_grad()
-            loss = objective.differentiable_loss(model, guide, scan, observed, posterior.theta)
+            loss = objective.differentiable_loss(model, guide, scan, observed, theta)
             loss.backward()
             optimizer.step()
-            posterior.bounds.append(-float(loss.detach()) / len(scan))
+            bounds.append(-float(loss.detach()) / len(scan))
             if recipe.intensity == "per-scan" and step % 2 == 1:
-                z = posterior.sample(2)
-                updated, background = update_theta(model, z, scan, observed, posterior.theta, factor, recipe.pseudo)
+                with torch.no_grad():
+                    z = guide.posterior().sample((2,))
+                theta, background = update_theta(model, z, scan, observed, theta, factor, recipe.pseudo)
                 if learn_maps and recipe.maps is not None:
-                    updated = updated.with_maps(background_maps(background, model.shape_prior.grid, recipe.maps))
-                posterior.theta = updated
-    return posterior
+                    theta = theta.with_maps(background_maps(background, model.shape_prior.grid, recipe.maps))
+    with torch.no_grad():
+        return Posterior(guide.posterior(), theta, bounds)

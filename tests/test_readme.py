@@ -1,0 +1,190 @@
+"""The README does what it says: its code is run, on tiny data made here; links, options and names exist."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import nibabel as nib
+import numpy as np
+import pytest
+import typer.main
+
+import ppl_seg
+from ppl_seg.api.prior import FEWEST_MAPS, LATENT_DIM
+from ppl_seg.cli import app, main
+from ppl_seg.guides.families import FAMILIES
+from ppl_seg.inference.objectives import OBJECTIVES
+from ppl_seg.inference.recipes import build_recipe
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+SHAPE = (16, 18, 12)
+
+NOT_RUN = {  # a line of a bash block, and where it is tried instead
+    "make demo": "builds an environment and runs for minutes; the demo has tests of its own",
+    "make test": "what runs this very test",
+    "pip install .": "tests/test_packaging.py installs the wheel",
+}
+SMALL = {  # options that cut a command's or a script's work
+    "prior": ["--steps", "3", "--latent-dim", "4"],
+    "fit": ["--steps", "3"],
+    "train_prior.py": ["--steps", "2", "--latent", "4"],
+    "fit_scans.py": ["--epochs", "1"],
+}
+NOT_OURS = {"--extra-index-url"}  # options of other programs
+
+
+class Block(NamedTuple):
+    """A fenced block of code, and the line of the document where it begins."""
+
+    language: str
+    text: str
+    line: int
+
+
+def blocks(document: Path) -> list[Block]:
+    text = document.read_text(encoding="utf-8")
+    fences = re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [Block(m[1], m[2], text.count("\n", 0, m.start()) + 2) for m in fences]
+
+
+def commands(block: Block) -> list[str]:
+    lines = [line.split("  #")[0].strip() for line in block.text.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def ellipsoids(random: np.random.Generator) -> np.ndarray:
+    """Two neighbours, labels 1 and 2, that differ from map to map."""
+    axes = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij"), -1) - (np.array(SHAPE) - 1) / 2
+    distance = (((axes - random.normal(0, 0.5, 3)) / random.uniform(0.9, 1.1, 3) / (4.5, 5.5, 3.5)) ** 2).sum(-1)
+    return np.where(distance < 1, np.where(axes[..., 1] > 0, 2, 1), 0).astype(np.uint8)
+
+
+def make_files(folder: Path) -> None:
+    """labels/, scans/, truth/ with the names of the README, and its label table."""
+    random = np.random.default_rng(0)
+
+    def save(name: str, data: np.ndarray) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
+        nib.save(nib.Nifti1Image(data, np.diag([-1.0, 1.0, 1.0, 1.0])), folder / name)
+
+    for person in range(1, 6):
+        save(f"labels/sub-{person + 50:02}_dseg.nii.gz", ellipsoids(random))
+    for person in range(1, 4):
+        truth = ellipsoids(random)
+        save(f"truth/sub-{person:02}_dseg.nii.gz", truth)
+        scan = np.array([60.0, 100.0, 100.0])[truth] + random.normal(0, 8, SHAPE)
+        save(f"scans/sub-{person:02}_T1w.nii.gz", scan.astype(np.float32))
+    (table,) = (block.text for block in blocks(README) if block.language == "tsv")
+    (folder / "labels.tsv").write_text(table, encoding="utf-8")
+
+
+def run_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line of a bash block in this process, at smoke size."""
+    words = shlex.split(line)
+    if words[0] == "ppl-seg":
+        with pytest.raises(SystemExit) as stop:
+            main([*words[1:], *SMALL.get(words[1], [])])
+        assert stop.value.code == 0, line
+    elif words[0] == "python":
+        arguments = [path for word in words[2:] for path in sorted(glob.glob(word)) or [word]]
+        monkeypatch.setattr(sys, "argv", [words[1], *arguments, *SMALL.get(Path(words[1]).name, [])])
+        runpy.run_path(str(ROOT / words[1]), run_name="__main__")
+    else:
+        assert line in NOT_RUN, f"{line!r} of the README is neither run here nor listed in NOT_RUN"
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """All blocks in order: the commands' results are there for the Python that follows, in one namespace."""
+    namespace: dict[str, Any] = {"folder": tmp_path_factory.mktemp("readme")}
+    make_files(namespace["folder"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(namespace["folder"])
+        patch.setattr(ppl_seg, "learn_prior", functools.partial(ppl_seg.learn_prior, steps=3, latent_dim=4))
+        patch.setattr(ppl_seg, "fit_scans", functools.partial(ppl_seg.fit_scans, steps=3))
+        for block in blocks(README):
+            if block.language == "bash":
+                for line in commands(block):
+                    run_command(line, patch)
+            elif block.language == "python":
+                exec(compile("\n" * (block.line - 1) + block.text, README, "exec"), namespace)
+    return namespace
+
+
+def test_the_code_runs(executed: dict[str, Any]) -> None:
+    prior, result = executed["prior"], executed["result"]
+    assert prior.table.class_of_label == (0, 1, 1)
+    assert result.draws.shape == (200, *SHAPE) and result.entropy.shape == SHAPE
+    assert [row["structure"] for row in result.volumes] == ["anterior-hippocampus", "posterior-hippocampus"]
+    assert {"volume_mm3", "q05", "q50", "q95"} <= result.volumes[0].keys()
+    assert {"dice", "dice_low", "dice_high"} <= executed["scores"][0].keys()
+    assert executed["again"].scan_guide is not None
+    assert np.isfinite(executed["losses"]).all()
+    assert all(parameter.abs().max() > 0 for parameter in executed["guide"].parameters())  # it started at zero
+    assert not any(parameter.requires_grad for parameter in prior.shape_prior.parameters())
+    assert executed["labels"].shape == (8, *prior.shape_prior.grid)
+
+
+def test_the_tables_name_the_files_that_come_out(executed: dict[str, Any]) -> None:
+    out, stem = executed["folder"] / "results_more", "sub-01_seg-ppl_desc-T1w"
+    section = README.read_text(encoding="utf-8").split("### What comes out")[1].split("\n## ")[0]
+    first = [row.split("|")[1] for row in section.splitlines() if row.startswith("| `")]
+    named = {name for cell in first for name in re.findall(r"`([^`]+)`", cell)}
+    there = {path.name.removeprefix(stem) for path in out.rglob("*") if path.is_file()}
+    assert there - {"_probseg.json"} == named - {".json"}
+
+
+def test_blocks_are_of_languages_that_are_tried() -> None:
+    found = blocks(README)
+    assert {block.language for block in found} <= {"bash", "python", "tsv", "math"}
+    assert README.read_text(encoding="utf-8").count("```") == 2 * len(found)
+    lines = {line for block in found if block.language == "bash" for line in commands(block)}
+    assert NOT_RUN.keys() <= lines
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    targets = re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8"))
+    local = [target.split("#")[0] for target in targets if not target.startswith("https://")]
+    missing = [target for target in local if target and not (document.parent / target).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_options_exist(document: Path) -> None:
+    command = typer.main.get_command(app)
+    ours = {option for one in command.commands.values() for p in one.params for option in p.opts}  # type: ignore[attr-defined]
+    for script in (ROOT / "scripts").glob("*.py"):
+        ours |= set(re.findall(r"--[a-z][a-z-]+", script.read_text(encoding="utf-8")))
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", document.read_text(encoding="utf-8")))
+    assert named <= ours | NOT_OURS
+
+
+def test_the_tables_name_what_is_registered() -> None:
+    names = ["marginal", "jensen", "trace", "enum", "iwae", "sleep"]  # the order of the table
+    assert set(names) == OBJECTIVES.keys()
+    section = README.read_text(encoding="utf-8").split("## Which objective, which guide")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `([a-z-]+)` \|", section, re.MULTILINE) == [*names, *FAMILIES]
+
+
+def test_the_defaults_are_those_of_the_code() -> None:
+    text, recipe = README.read_text(encoding="utf-8"), build_recipe("default")
+    assert f"({LATENT_DIM} numbers by default)" in text
+    assert f"(`--likelihood-power`, {recipe.likelihood_power:g} by default)" in text
+    assert f"EM, then {recipe.refine_steps} gradient steps (`--refine`)" in text
+    assert f"EM, then {recipe.per_scan_steps} gradient steps |" in text
+    assert f"needs at least {FEWEST_MAPS})" in text
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_no_figure_is_left_open(document: Path) -> None:
+    assert not re.findall(r"<!-- figure: ([\w-]+) -->", document.read_text(encoding="utf-8"))

@@ -7,7 +7,6 @@ import torch
 from pyro import distributions as dist
 from pyro.nn import PyroModule
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ..models.shape_prior import ShapePrior
 from .families import Family
@@ -42,8 +41,9 @@ class LabelMapGuide(PyroModule):
     def raw(self, labels: Tensor, observed: Tensor) -> Tensor:
         """Raw parameters, (B, P), of label positions (B, *grid) with observed (B, 1, *grid)."""
         weight = next(self.label_encoder.parameters())
-        image = functional.one_hot(labels.long(), self.num_labels).movedim(-1, 1).to(weight.dtype)
-        raw: Tensor = self.label_encoder(torch.where(observed, image, 0.0))
+        seen = observed[:, 0]
+        one_hot = torch.stack([((labels == m) & seen).to(weight.dtype) for m in range(self.num_labels)], 1)
+        raw: Tensor = self.label_encoder(one_hot)
         return raw.to(torch.promote_types(weight.dtype, torch.float32))
 
     def posterior(self, labels: Tensor, observed: Tensor) -> dist.Distribution:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ppl_seg.api.model import Model, load_model
-from ppl_seg.api.output import claim_model_directory, say
+from ppl_seg.api.output import claim_model_directory, is_finished, say
 from ppl_seg.data.cohort import find_scans
 from ppl_seg.data.grids import check_alignment
 from ppl_seg.data.loading import load_scan
+from ppl_seg.data.masks import masks_of
 from ppl_seg.errors import InputError
 from ppl_seg.inference.checkpoint import remove_checkpoint
 from ppl_seg.inference.networks import build_scan_guide, build_segmentation_model, freeze, mean_theta
@@ -73,6 +74,8 @@ def fit_scans(
     if align is not None:
         check_alignment(align)
         model = replace(model, align=align)
+    if out is not None and is_finished(out, resume):
+        return load_model(out)
     if out is not None:
         claim_model_directory(out, force, resume)
     model = replace(model, recipe=chosen, channels=max(1, len(channels)))
@@ -178,6 +181,7 @@ def load_scans(
             f"{found[0].path}: a fit needs at least {FEWEST_SCANS} scans, better tens; found {len(found)}; "
             "for single scans use ppl-seg segment --model with the prior's folder"
         )
-    placed = [model.place(load_scan(file.paths, mask)) for file in found]
+    masks = masks_of([file.path for file in found], mask)
+    placed = [model.place(load_scan(file.paths, own)) for file, own in zip(found, masks, strict=True)]
     say([f"{len(found)} scans on the prior's grid"])
     return torch.cat([scan for _, scan, _, _ in placed]), torch.cat([seen for _, _, seen, _ in placed])

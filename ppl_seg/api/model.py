@@ -170,6 +170,10 @@ class Model:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derived_seed(seed, 0, Path(paths[0]).name))
             posterior, model = self._infer(chosen, on_grid.to(where), observed.to(where), refine, shape_from, align)
+            bound = {
+                "bound": posterior.bound(model, chosen.objective, on_grid.to(where), observed.to(where)),
+                "kl": float(posterior.kl(model)[0]),
+            }
             z = posterior.sample(draws)[:, 0]
             result = read_out(
                 model,
@@ -185,9 +189,6 @@ class Model:
         marginals = result.marginals.cpu().numpy()
         quality = label_quality(positions, marginals)
         label_map = self.table.from_positions(positions)
-        bound = {"kl": float(posterior.kl(model)[0])}
-        if posterior.bounds:
-            bound["bound"] = posterior.bounds[-1]
         return Segmentation(
             image=own.image,
             table=self.table,

@@ -17,8 +17,19 @@ def say(messages: Sequence[str]) -> None:
         LOGGER.info(message)
 
 
+def is_finished(directory: str | Path | None, resume: bool) -> bool:
+    """Whether --resume finds a finished model, with nothing left to do."""
+    if directory is None or not resume:
+        return False
+    folder = Path(directory)
+    finished = (folder / "config.json").is_file() and not (folder / "checkpoint.json").exists()
+    if finished:
+        say([f"{folder}: finished already; nothing to resume"])
+    return finished
+
+
 def claim_model_directory(directory: str | Path, force: bool, resume: bool) -> None:
-    """Refuse a folder that holds a model, or other people's files, before any work.
+    """Refuse a folder that holds a model already, before any work.
 
     Raises:
         InputError: the folder is in use and neither force nor resume allows it.

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_seg.api.model import Model
-from ppl_seg.api.output import claim_model_directory, say
+from ppl_seg.api.model import Model, load_model
+from ppl_seg.api.output import claim_model_directory, is_finished, say
 from ppl_seg.data.augmentation import deform
 from ppl_seg.data.cohort import find_label_maps
 from ppl_seg.data.grids import Grid, check_alignment, common_grid, default_align
@@ -37,7 +37,7 @@ from ppl_seg.models.shape_prior import ShapeModel, location_prior
 FEWEST_MAPS = 3
 HELD_OUT_SHARE = 0.1
 BATCH_SIZE = 8
-STEPS = 4000
+STEPS = 3000
 LEARNING_RATE = 2e-3
 LATENT_DIM = 64
 
@@ -103,6 +103,8 @@ def learn_prior(
         patience=8,
     )
     where = resolve_device(device)
+    if out is not None and is_finished(out, resume):
+        return load_model(out)
     if out is not None:
         claim_model_directory(out, force, resume)
     maps = load_label_maps(label_maps, labels, value_map, merge_sides, spacing, align)
@@ -180,6 +182,11 @@ def load_label_maps(
     if len(table) < 2:
         raise InputError(f"{found[0].path}: all label maps are zero; a prior needs at least one structure")
     chosen = align or default_align(images)
+    if align is None and chosen not in ("none", "center"):
+        raise InputError(
+            f"{found[0].path}: fields of view of 80 mm and more need registration, which this version does not "
+            "have; give --align center, or --align none for files that are in one space already"
+        )
     check_alignment(chosen)
     grid = common_grid(images, spacing, chosen)
     messages.append(

@@ -14,6 +14,8 @@ from ppl_seg.api.model import Model, load_model
 from ppl_seg.api.output import LOGGER, say
 from ppl_seg.data.cohort import Found, find_scans
 from ppl_seg.data.grids import check_alignment
+from ppl_seg.data.images import read_scan
+from ppl_seg.data.masks import masks_of
 from ppl_seg.data.names import output_location
 from ppl_seg.errors import InputError
 from ppl_seg.inference.trainer import resolve_device
@@ -63,7 +65,7 @@ def segment_scans(
         InputError: nothing to do, options that don't fit, colliding outputs: before any work.
     """
     from ppl_seg.inference.progress import scan_bar
-    from ppl_seg.results.dataset import append_log, write_dataset_files
+    from ppl_seg.results.dataset import append_log, check_room, write_dataset_files
     from ppl_seg.results.writer import is_complete, recorded, write_segmentation
 
     loaded = model if isinstance(model, Model) else load_model(model)
@@ -84,10 +86,14 @@ def segment_scans(
             f"{out / other[0] / other[1]}_dseg.nii.gz: made with another model or other options; "
             "choose another --out, or --force"
         )
+    masks = masks_of([file.path for file in found], mask)
+    if probabilities or save_draws:
+        volumes = probabilities * len(loaded.table) + save_draws * draws
+        check_room(out, read_scan(found[0].path).shape, volumes * len(found))
     write_dataset_files(out, sorted({str(file.base or file.path.parent) for file in found}), __version__)
     append_log(out, f"ppl_seg {__version__}: {len(found)} scans, options {expected}")
     report = RunReport()
-    for file, place in scan_bar(list(zip(found, places, strict=True)), progress):
+    for file, place, own_mask in scan_bar(list(zip(found, places, masks, strict=True)), progress):
         began = time.monotonic()
         row: dict[str, Any] = {"scan": str(file.path), "status": "ok", "seconds": 0.0, "message": ""}
         if place in done and not force:
@@ -95,7 +101,11 @@ def segment_scans(
         else:
             try:
                 result = loaded.segment(
-                    file.paths, **fixed, keep_probabilities=probabilities, keep_draws=save_draws, device=device
+                    file.paths,
+                    **{**fixed, "mask": own_mask},
+                    keep_probabilities=probabilities,
+                    keep_draws=save_draws,
+                    device=device,
                 )
                 write_segmentation(result, out, place, probabilities, save_draws)
                 row["message"] = "; ".join(result.image.warnings)

@@ -51,8 +51,9 @@ def deform(
     seen = _interpolate(known, places) >= 0.5
     best = torch.zeros_like(seen, dtype=torch.float32)
     winner = torch.zeros_like(shaped)
-    for first in range(0, int(labels.max()) + 1, LABELS_AT_A_TIME):
-        some = torch.arange(first, first + LABELS_AT_A_TIME, device=labels.device, dtype=labels.dtype)
+    count = int(labels.max()) + 1
+    for first in range(0, count, LABELS_AT_A_TIME):
+        some = torch.arange(first, min(first + LABELS_AT_A_TIME, count), device=labels.device, dtype=labels.dtype)
         some = some.reshape(1, -1, *[1] * len(active))
         weight, which = _interpolate((shaped == some) & known, places).max(dim=1, keepdim=True)
         better = weight > best

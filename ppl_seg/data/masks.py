@@ -9,7 +9,7 @@ import numpy as np
 from scipy import ndimage
 
 from ppl_seg.data.images import Image, check_same_grid, read_mask
-from ppl_seg.data.names import belong_together
+from ppl_seg.data.names import belong_together, last_word
 from ppl_seg.errors import InputError
 
 SMALLEST_EMPTY_SHARE = 0.2  # of the voxels; a smaller constant region at the border is anatomy or chance
@@ -46,6 +46,21 @@ def mask_of(scan: Path, masks: Sequence[Path]) -> Path:
         listed = ", ".join(map(str, found)) or "none"
         raise InputError(f"{scan}: expected one mask of the same subject and session, found {listed}")
     return found[0]
+
+
+def masks_of(scans: Sequence[Path], mask: str | Path) -> list[str | Path]:
+    """The mask of each scan: `auto` and `none` for all; of a folder, the one that shares the scan's BIDS entities.
+
+    Raises InputError for one mask file and several scans, and for a scan with no mask or several.
+    """
+    if mask in ("auto", "none"):
+        return [mask] * len(scans)
+    if Path(mask).is_dir():
+        there = [path for path in sorted(Path(mask).rglob("*")) if last_word(path) == "mask"]
+        return [mask_of(scan, there) for scan in scans]
+    if len(scans) > 1:
+        raise InputError(f"{mask}: one mask for {len(scans)} scans; give the folder of their masks (*_mask.nii.gz)")
+    return [mask]
 
 
 def _constant_border_region(data: np.ndarray, finite: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyro
 import torch
@@ -36,6 +37,18 @@ class Posterior:
         with torch.no_grad():
             drawn: Tensor = self.q.sample((draws,))
         return drawn
+
+    def bound(self, model: SegmentationModel, objective: str, scan: Tensor, observed: Tensor, draws: int = 8) -> float:
+        """The objective's bound of the batch at this posterior, nats, from a few draws of z."""
+
+        def guide(*_: Any) -> None:
+            with pyro.plate("scans", scan.shape[0], dim=-1):
+                pyro.sample("z", self.q)
+
+        with torch.no_grad():
+            return -float(
+                build_objective(objective, num_particles=draws).loss(model, guide, scan, observed, self.theta)
+            )
 
     def kl(self, model: SegmentationModel) -> Tensor:
         """KL(q ‖ p), (B,)."""

@@ -42,16 +42,16 @@ class Recipe:
     components: int = 1
     maps: MapOptions | None = field(default_factory=MapOptions)
     pseudo: PseudoCounts = field(default_factory=PseudoCounts)
-    likelihood_power: float = 0.1
+    likelihood_power: float = 0.05
     readout: Literal["marginals", "decoder"] = "marginals"
     em_iterations: int = 8
-    sleep_steps: int = 300
-    steps: int = 400
+    sleep_steps: int = 200
+    steps: int = 300
     batch_size: int = 8
     learning_rate: float = 1e-3
-    refine_steps: int = 40
+    refine_steps: int = 20
     refine_rate: float = 0.1
-    per_scan_steps: int = 50
+    per_scan_steps: int = 30
 
     def to_dict(self) -> dict[str, Any]:
         """For config.json."""
@@ -65,7 +65,7 @@ class Recipe:
 
 
 def default() -> Recipe:
-    """Per-scan θ by EM, background weight maps, exact marginal, β = 0.1."""
+    """Per-scan θ by EM, background weight maps, exact marginal, β = 0.05."""
     return Recipe()
 
 

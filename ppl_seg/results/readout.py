@@ -55,7 +55,8 @@ def read_out(
         model: the program. z: (S, D). theta: of this scan, (1, ...), maps on the prior's grid.
         scan: normalised, (C, X, Y, Z). observed: bool, same shape.
         matrix: (4, 4), voxel of the prior's grid → voxel of the scan.
-        name: `marginals` averages r, `decoder` averages f. keep_draws: keep every drawn segmentation.
+        name: what marginals and label map come from: `marginals`, r; `decoder`, f. Drawn segmentations are from r.
+        keep_draws: keep every drawn segmentation.
     """
     grid, own = model.shape_prior.grid, tuple(scan.shape[1:])
     to_grid = np.linalg.inv(matrix)  # own voxel → grid voxel
@@ -78,12 +79,12 @@ def read_out(
             joint = f * likelihood
             evidence = joint.sum(0).clamp(min=torch.finfo(joint.dtype).tiny)
             log_evidence.append(torch.where(any_seen, evidence.log() + peak, 0.0).sum())
-            p = f if name == "decoder" else joint / evidence
-            total += p
-            drawn = draw_categories(p)
-            counts.append(torch.bincount(drawn, minlength=len(p)))
+            r = joint / evidence
+            total += f if name == "decoder" else r
+            drawn = draw_categories(r)
+            counts.append(torch.bincount(drawn, minlength=len(r)))
             if keep_draws:
-                draws.append(drawn.to(torch.uint8 if len(p) <= 256 else torch.int16).view(own))
+                draws.append(drawn.to(torch.uint8 if len(r) <= 256 else torch.int16).view(own))
         marginals = total / total.sum(0)
         entropy = -torch.special.xlogy(marginals, marginals).sum(0)
     return Readout(

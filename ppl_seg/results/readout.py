@@ -58,7 +58,8 @@ def read_out(
         name: what marginals and label map come from: `marginals`, r; `decoder`, f. Drawn segmentations are from r.
         keep_draws: keep every drawn segmentation.
     """
-    grid, own = model.shape_prior.grid, tuple(scan.shape[1:])
+    own = tuple(scan.shape[1:])
+    grid = (*model.shape_prior.grid, 1)[:3]  # a 2-D grid is one slice
     to_grid = np.linalg.inv(matrix)  # own voxel → grid voxel
     within = inside(to_grid, grid, own, scan.device).flatten()
     maps = theta.background_log_weight
@@ -74,7 +75,7 @@ def read_out(
         total = torch.zeros_like(likelihood)
         counts, draws, log_evidence = [], [], []
         for f in _decoded(model, z):
-            f = resample(f, to_grid, own).flatten(1)
+            f = resample(f.view(-1, *grid), to_grid, own).flatten(1)
             f[0] = torch.where(within, f[0], 1.0)
             joint = f * likelihood
             evidence = joint.sum(0).clamp(min=torch.finfo(joint.dtype).tiny)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,20 @@ from ppl_seg.data.grids import check_alignment
 from ppl_seg.data.loading import load_scan
 from ppl_seg.data.masks import masks_of
 from ppl_seg.errors import InputError
+from ppl_seg.guides.scans import ScanGuide
 from ppl_seg.inference.checkpoint import remove_checkpoint
 from ppl_seg.inference.networks import build_scan_guide, build_segmentation_model, freeze, mean_theta
 from ppl_seg.inference.objectives import build_objective
 from ppl_seg.inference.posterior import factor_of, start_theta
-from ppl_seg.inference.recipes import build_recipe
+from ppl_seg.inference.recipes import Recipe, build_recipe
 from ppl_seg.inference.tasks import ScanTask
-from ppl_seg.inference.trainer import TrainingOptions, fit, resolve_device
+from ppl_seg.inference.trainer import TrainingLog, TrainingOptions, fit, resolve_device
+from ppl_seg.models.intensity import IntensityParameters
+from ppl_seg.models.segmentation import SegmentationModel
+from ppl_seg.results.charts import training_figure
 
 FEWEST_SCANS = 2
+ASLEEP = "asleep"  # folder of the first training's checkpoint
 
 
 def fit_scans(
@@ -81,94 +87,105 @@ def fit_scans(
     model = replace(model, recipe=chosen, channels=max(1, len(channels)))
     x, observed = load_scans(model, scans, suffix, mask, channels)
     model = replace(model, channels=x.shape[1])
-    x, observed = x.to(where), observed.to(where)
-    program = build_segmentation_model(model.shape_prior, model.table.class_of_label, x.shape[1], chosen).to(where)
-    theta = start_theta(program, x, observed, chosen)
-    if chosen.intensity == "shared":
-        theta = mean_theta(theta)
-        program = build_segmentation_model(model.shape_prior, model.table.class_of_label, x.shape[1], chosen, theta).to(
-            where
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        scan_guide = build_scan_guide(chosen.guide, model.shape_prior.latent_dim, x.shape[1], model.grid.shape)
-    shared: dict[str, Any] = {
+    training: dict[str, Any] = {
         "learning_rate": chosen.learning_rate,
         "seed": seed,
         "device": device,
         "precision": precision,
     }
-    asleep = None if out is None else Path(out) / "sleep"
+    stage = _Stage(model, chosen, x.to(where), observed.to(where), out, resume, progress, training)
+    program, theta = stage.start()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        scan_guide = build_scan_guide(chosen.guide, model.shape_prior.latent_dim, x.shape[1], model.grid.shape)
     if chosen.sleep_steps:
-        simulated = ScanTask(program, scan_guide, x, observed, theta, chosen.batch_size, factor=None)
-        freeze_parameters = [p for p in program.parameters() if p.requires_grad]
-        for parameter in freeze_parameters:  # simulated scans teach the guide alone
-            parameter.requires_grad_(False)
-        collapsed = build_segmentation_model(
-            model.shape_prior,
-            model.table.class_of_label,
-            x.shape[1],
-            replace(chosen, objective="marginal"),
-            theta if chosen.intensity == "shared" else None,
-        ).to(where)
-        freeze(collapsed)
-        fit(
-            collapsed,
-            scan_guide,
-            build_objective("sleep"),
-            simulated,
-            TrainingOptions(steps=chosen.sleep_steps, **shared),
-            directory=asleep,
+        stage.learn_asleep(scan_guide, theta)
+    theta, log = stage.learn_awake(program, scan_guide, theta)
+    freeze(scan_guide.cpu())
+    config = {**model.config, "scan_guide": {"options": {}}}
+    config["training"] = {**config["training"], "fit": {"scans": len(x), "seed": seed, "steps": chosen.steps}}
+    fitted = replace(model, scan_guide=scan_guide, theta=theta.detach().to("cpu"), config=config)
+    if out is not None:
+        report = {"scans": len(x), "steps": log.steps, "seconds": log.seconds, **log.last_terms()}
+        log_file = Path(out) / "training.csv"
+        fitted.save(out, {"training.csv": log_file.read_bytes(), "report.json": json.dumps(report, indent=2)})
+        remove_checkpoint(out)
+        shutil.rmtree(Path(out) / ASLEEP, ignore_errors=True)
+        training_figure(log_file, Path(out) / "training.png", "Fit to the scans")
+    return fitted
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Stage 2 of one model: what its two trainings share."""
+
+    model: Model
+    recipe: Recipe
+    scans: Tensor
+    observed: Tensor
+    out: str | Path | None
+    resume: bool
+    progress: bool
+    training: dict[str, Any]
+
+    def program(self, recipe: Recipe, shared: IntensityParameters | None) -> SegmentationModel:
+        """The program on the scans' device."""
+        classes, channels = self.model.table.class_of_label, self.scans.shape[1]
+        built = build_segmentation_model(self.model.shape_prior, classes, channels, recipe, shared)
+        return built.to(self.scans.device)
+
+    def start(self) -> tuple[SegmentationModel, IntensityParameters]:
+        """The program, and θ by EM under the location prior: per scan, or their mean where it is shared."""
+        theta = start_theta(self.program(self.recipe, None), self.scans, self.observed, self.recipe)
+        if self.recipe.intensity == "per-scan":
+            return self.program(self.recipe, None), theta
+        theta = mean_theta(theta)
+        return self.program(self.recipe, theta), theta
+
+    def learn_asleep(self, guide: ScanGuide, theta: IntensityParameters) -> None:
+        """q(z|x) on scans simulated from the program at the scans' own θ and masks: the guide alone learns."""
+        shared = theta if self.recipe.intensity == "shared" else None
+        program = freeze(self.program(replace(self.recipe, objective="marginal"), shared))
+        task = ScanTask(program, guide, self.scans, self.observed, theta, self.recipe.batch_size, factor=None)
+        options = TrainingOptions(steps=self.recipe.sleep_steps, **self.training)
+        folder = None if self.out is None else Path(self.out) / ASLEEP
+        self._fit(program, guide, "sleep", task, options, folder)
+
+    def learn_awake(
+        self, program: SegmentationModel, guide: ScanGuide, theta: IntensityParameters
+    ) -> tuple[IntensityParameters, TrainingLog]:
+        """q(z|x), θ and the maps on the scans themselves: (θ, shared or the scans' mean, with the maps; the log)."""
+        recipe = self.recipe
+        factor = factor_of(recipe.objective) if recipe.intensity == "per-scan" else None
+        task = ScanTask(
+            program, guide, self.scans, self.observed, theta, recipe.batch_size, factor, recipe.pseudo, recipe.maps
+        )
+        options = TrainingOptions(steps=recipe.steps, **self.training)
+        log = self._fit(program, guide, recipe.objective, task, options, self.out)
+        shared = program.shared_intensity
+        return (mean_theta(task.theta) if shared is None else shared()), log
+
+    def _fit(
+        self,
+        program: SegmentationModel,
+        guide: ScanGuide,
+        objective: str,
+        task: ScanTask,
+        options: TrainingOptions,
+        folder: str | Path | None,
+    ) -> TrainingLog:
+        elbo, resume, progress = build_objective(objective), self.resume, self.progress
+        return fit(
+            program,
+            guide,
+            elbo,
+            task,
+            options,
+            directory=folder,
             resume=resume,
             keep_checkpoint=True,
             progress=progress,
         )
-        for parameter in freeze_parameters:
-            parameter.requires_grad_(True)
-    per_scan = chosen.intensity == "per-scan"
-    task = ScanTask(
-        program,
-        scan_guide,
-        x,
-        observed,
-        theta,
-        chosen.batch_size,
-        factor=factor_of(chosen.objective) if per_scan else None,
-        pseudo=chosen.pseudo,
-        maps=chosen.maps,
-    )
-    log = fit(
-        program,
-        scan_guide,
-        build_objective(chosen.objective),
-        task,
-        TrainingOptions(steps=chosen.steps, **shared),
-        directory=out,
-        resume=resume,
-        keep_checkpoint=True,
-        progress=progress,
-    )
-    freeze(scan_guide.cpu())
-    learned = program.shared_intensity() if program.shared_intensity is not None else mean_theta(task.theta)
-    config = {**model.config, "scan_guide": {"options": {}}}
-    config["training"] = {**config["training"], "fit": {"scans": len(x), "seed": seed, "steps": chosen.steps}}
-    fitted = replace(model, scan_guide=scan_guide, theta=learned.detach().to("cpu"), config=config)
-    if out is not None:
-        report = {"scans": len(x), "steps": log.steps, "seconds": log.seconds, **log.last_terms()}
-        fitted.save(
-            out,
-            {"training.csv": (Path(out) / "training.csv").read_bytes(), "report.json": json.dumps(report, indent=2)},
-        )
-        remove_checkpoint(out)
-        if asleep is not None and asleep.is_dir():
-            remove_checkpoint(asleep)
-            for left in asleep.iterdir():
-                left.unlink()
-            asleep.rmdir()
-        from ppl_seg.results.charts import training_figure
-
-        training_figure(Path(out) / "training.csv", Path(out) / "training.png", "Fit to the scans")
-    return fitted
 
 
 def load_scans(

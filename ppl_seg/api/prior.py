@@ -37,8 +37,9 @@ from ppl_seg.models.shape_prior import ShapeModel, location_prior
 FEWEST_MAPS = 3
 HELD_OUT_SHARE = 0.1
 BATCH_SIZE = 8
-STEPS = 3000
-LEARNING_RATE = 2e-3
+STEPS = 2400
+LEARNING_RATE = 1.5e-3
+CLIP_NORM = 0.01  # of the bound per voxel; a looser one let a spike collapse q(z|s) to the prior
 LATENT_DIM = 64
 
 
@@ -95,7 +96,8 @@ def learn_prior(
     options = TrainingOptions(
         steps=STEPS if steps is None else steps,
         learning_rate=LEARNING_RATE,
-        warmup_steps=50,
+        warmup_steps=100,
+        clip_norm=CLIP_NORM,
         seed=seed,
         device=device,
         precision=precision,

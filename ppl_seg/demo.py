@@ -42,8 +42,8 @@ class Size:
     scans: int = 8
     spacing: float = 4.0
     latent_dim: int = 16
-    prior_steps: int = 450
-    fit_steps: int = 100
+    prior_steps: int = 350
+    fit_steps: int = 60
     refine: int | None = None
     draws: int = 20
     all_draws: int = 200

@@ -18,6 +18,7 @@ from ppl_seg.data.images import read_label_map
 from ppl_seg.data.loading import labels_on_grid
 from ppl_seg.data.tables import table_for
 from ppl_seg.guides.families import FAMILIES
+from ppl_seg.inference.calibration import calibrate_prior
 from ppl_seg.inference.networks import build_label_map_guide, build_shape_prior
 from ppl_seg.inference.objectives import Marginal
 from ppl_seg.models.shape_prior import ShapeModel, location_prior
@@ -52,5 +53,6 @@ with pyro.get_param_store().scope():  # the store is global: this training's par
         chosen = torch.randint(len(labels), (8,))  # tens of maps are few: each is deformed anew every time
         losses.append(svi.step(*deform(labels[chosen], observed[chosen], random)) / labels[chosen].numel())
         print(f"step {step + 1} of {args.steps}: loss per voxel {losses[-1]:.4f}", flush=True)
+calibrate_prior(prior, guide, labels, observed)  # lay N(0, I) over the maps themselves, not their deformed copies
 described = {"table": table.to_dict(), "grid": grid.to_dict(), "latent": args.latent, "losses": losses}
 torch.save(described | {"prior": prior.state_dict()}, args.out)  # no objects: weights_only=True reads it

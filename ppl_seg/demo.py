@@ -19,7 +19,16 @@ from ppl_seg.api import Model, evaluate, fit_scans, learn_prior, segment_scans
 from ppl_seg.data.images import read_label_map, read_scan, write_image
 from ppl_seg.data.names import output_location
 from ppl_seg.demo_population import PopulationFiles, write_population
-from ppl_seg.demo_report import HONEST, Scores, dice_rows, gain_line, print_table, read_probabilities, write_figures
+from ppl_seg.demo_report import (
+    HONEST,
+    Scores,
+    dice_rows,
+    gain_line,
+    print_table,
+    read_probabilities,
+    write_figures,
+    write_score_figures,
+)
 from ppl_seg.errors import InputError
 from ppl_seg.results.atomic import write_text
 from ppl_seg.results.diagnostics import Reliability, reliability
@@ -64,8 +73,8 @@ class Way:
 
 
 WAYS = (
-    Way("location", "location\nprior", "prior", {"recipe": "location", "refine": 0}),
-    Way("location-em", "location\n+ EM", "prior", {"recipe": "location-em", "refine": 0}),
+    Way("location", "location\nprior", "prior", {"recipe": "location", "draws": 1}),
+    Way("location-em", "location\n+ EM", "prior", {"recipe": "location-em", "draws": 1}),
     Way("notes", "recipe\nnotes", "notes"),
     Way("per-scan", "per-scan\nmarginal", "prior"),
     Way("per-scan-jensen", "per-scan\njensen", "prior", {"objective": "jensen"}),
@@ -111,8 +120,8 @@ def run(out: str | Path, *, seed: int = 0, smoke: bool = False) -> list[dict[str
     write_table(out / "table.tsv", rows)
     titles = {way.name: way.title for way in WAYS}
     with stage("figures"):
-        shown = {titles[name].replace("\n", " "): curves[name] for name in CALIBRATION}
-        write_figures(out, models["fit"], population.scans[0], out / "segmentations" / BEST, shown, seed)
+        write_figures(out, models, population, out / "segmentations" / BEST, seed)
+        write_score_figures(out, scores, {name: curves[name] for name in CALIBRATION}, titles)
     print_table(rows, titles)
     for name in ("per-scan", BEST):
         print(gain_line(name, scores[name], scores[BASELINE], "location + EM"))
@@ -167,14 +176,13 @@ def learn(population: PopulationFiles, out: Path, size: Size, seed: int) -> dict
     return models
 
 
-def segment(
-    way: Way, model: Model, population: PopulationFiles, folder: Path, size: Size, seed: int
-) -> Reliability:
+def segment(way: Way, model: Model, population: PopulationFiles, folder: Path, size: Size, seed: int) -> Reliability:
     """Write the label maps of all scans, for the best way all files of the command; how reliable the marginals are."""
-    options = {"refine": size.refine, "seed": seed, **way.options}
+    draws = size.all_draws if way.name == BEST else size.draws
+    options = {"draws": draws, "refine": size.refine, "seed": seed, **way.options}
     base = population.scans[0].parent
     if way.name == BEST:
-        report = segment_scans([base], model=model, out=folder, draws=size.all_draws, probabilities=True, **options)
+        report = segment_scans([base], model=model, out=folder, probabilities=True, **options)
         if report.exit_code:
             raise RuntimeError(f"segmentation failed: {report.rows}")
     curves = []
@@ -183,7 +191,7 @@ def segment(
         if way.name == BEST:
             probabilities = read_probabilities(folder / below / f"{stem}_probseg.nii.gz")
         else:
-            result = model.segment(scan, draws=size.draws, keep_probabilities=True, **options)
+            result = model.segment(scan, keep_probabilities=True, **options)
             write_image(folder / below / f"{stem}_dseg.nii.gz", result.label_map, result.image)
             assert result.probabilities is not None
             probabilities = result.probabilities

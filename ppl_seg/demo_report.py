@@ -10,19 +10,22 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import torch
 
 from ppl_seg.api import Model
+from ppl_seg.data.images import read_label_map
+from ppl_seg.demo_population import PopulationFiles
 from ppl_seg.demo_template import STRUCTURES
-from ppl_seg.results.charts import reliability_figure
+from ppl_seg.results.charts import benchmark_figure, reliability_figure
 from ppl_seg.results.diagnostics import Reliability
 from ppl_seg.results.figures import draws_figure
-from ppl_seg.results.metrics import paired_difference_interval
+from ppl_seg.results.metrics import bootstrap_interval, paired_difference_interval
 
 HONEST = (
     "These subjects are simulated: one template, deformed at random, with invented intensities. "
     "The numbers compare ways to infer; they say nothing about real scans."
 )
-SHOWN_DRAWS = 6
+SHOWN_SHAPES, SHOWN_DRAWS = 8, 5  # columns of the figures of draws
 Scores = Sequence[Mapping[str, Any]]  # rows of `evaluate`
 
 
@@ -65,8 +68,8 @@ def print_table(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) ->
     from rich.console import Console
     from rich.table import Table
 
-    width = {way: 2 + max(map(len, title.split("\n"))) for way, title in titles.items()}
-    first = 2 + max(len(str(row["structure"])) for row in rows)
+    width = {way: 3 + max(map(len, title.split("\n"))) for way, title in titles.items()}
+    first = 4 + max(len(str(row["structure"])) for row in rows)
     console = Console()
     room = console.width if console.is_terminal else first + sum(width.values())
     groups: list[list[str]] = [[]]
@@ -83,29 +86,58 @@ def print_table(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) ->
             best = max((float(row[way]) for way in titles if not math.isnan(row[way])), default=math.nan)
             cells = [_cell(float(row[way]), best) for way in group]
             table.add_row(str(row["structure"]), *cells, end_section=row is rows[-2])
-        Console(width=room + 2).print(table)
+        Console(width=max(room, first)).print(table)
 
 
 def write_figures(
-    out: Path, model: Model, scan: Path, segmentations: Path, curves: Mapping[str, Reliability], seed: int
+    out: Path, models: Mapping[str, Model], population: PopulationFiles, segmentations: Path, seed: int
 ) -> None:
-    """figures/: qc, prior_draws, segmentation_draws, training_prior, training_fit, reliability, all PNG.
+    """figures/: qc, prior_draws, segmentation_draws, training_prior, training_fit.
 
     Args:
-        model: a fit, of which draws for `scan` are shown. segmentations: a folder of `segment_scans`.
+        models: prior and fit. population: draws are of its first scan. segmentations: a folder of `segment_scans`.
     """
     folder = out / "figures"
     folder.mkdir(exist_ok=True)
     shutil.copyfile(sorted(segmentations.rglob("*_qc.png"))[0], folder / "qc.png")
-    shutil.copyfile(out / "prior" / "draws.png", folder / "prior_draws.png")
     for name in ("prior", "fit"):
         shutil.copyfile(out / name / "training.png", folder / f"training_{name}.png")
-    result = model.segment(scan, draws=SHOWN_DRAWS, keep_draws=True, seed=seed)
+    prior = models["prior"]
+    with torch.no_grad():
+        z = torch.randn(SHOWN_SHAPES, prior.shape_prior.latent_dim, generator=torch.Generator().manual_seed(seed))
+        likeliest = prior.shape_prior.label_logits(z).argmax(1).numpy()
+    title = "Shapes drawn from the prior: the likeliest label given z"
+    draws_figure(likeliest, prior.table, prior.grid.affine, folder / "prior_draws.png", title)
+    result = models["fit"].segment(population.scans[0], draws=SHOWN_DRAWS, keep_draws=True, seed=seed)
     assert result.draws is not None
-    maps = np.asarray(result.table.to_positions(result.draws))
-    title = "One scan's segmentation, drawn from its posterior"
-    draws_figure(maps, result.table, result.image.affine, folder / "segmentation_draws.png", title)
-    reliability_figure(curves, folder / "reliability.png", "Label marginals inside the brain")
+    maps = np.stack([read_label_map(population.truth[0]).data, result.label_map, *result.draws])
+    names = ["truth", "segmentation", *(f"draw {number + 1}" for number in range(SHOWN_DRAWS))]
+    draws_figure(
+        np.asarray(result.table.to_positions(maps)),
+        result.table,
+        result.image.affine,
+        folder / "segmentation_draws.png",
+        "One simulated person: whole segmentations drawn from the posterior",
+        names=names,
+    )
+
+
+def write_score_figures(
+    out: Path, scores: Mapping[str, Scores], curves: Mapping[str, Reliability], titles: Mapping[str, str]
+) -> None:
+    """figures/: dice, reliability. curves: of the ways to be shown."""
+    plain = {way: title.replace("\n", " ") for way, title in titles.items()}
+    bars = []
+    for way, found in scores.items():
+        persons = list(dict.fromkeys(str(row["person"]) for row in found))
+        by_person = [dice_rows({way: [row for row in found if row["person"] == person]}) for person in persons]
+        for rows in zip(*by_person, strict=True):
+            interval = bootstrap_interval([float(row[way]) for row in rows], persons)
+            bars.append({"method": plain[way], "measure": str(rows[0]["structure"]), **interval._asdict()})
+    bars.sort(key=lambda bar: bar["measure"] != "mean")
+    benchmark_figure(bars, out / "figures" / "dice.png", "Dice, simulated persons")
+    named = {plain[way]: curve for way, curve in curves.items()}
+    reliability_figure(named, out / "figures" / "reliability.png", "Label marginals in simulated brains")
 
 
 def read_probabilities(path: Path) -> np.ndarray:

@@ -22,12 +22,13 @@ Curve = tuple[Sequence[float], Sequence[float]]
 def training_figure(table: str | Path, path: str | Path, title: str = "") -> None:
     """Curves of a training.csv: bound and held-out bound per voxel, then each named term in its own panel.
 
-    The column `step` is the abscissa; columns without a number in any row are left out.
+    The column `step` is the abscissa; columns without a number in any row are left out, and terms that are always 0.
     """
     columns = _read_columns(table)
     steps = columns.pop("step")
     bounds: list[str] = [name for name in ("bound_per_voxel", "held_out") if name in columns]
-    terms = [[name] for name in columns if name not in (*bounds, "learning_rate", "seconds")]
+    unseen = (*bounds, "learning_rate", "seconds")
+    terms = [[name] for name, values in columns.items() if name not in unseen and np.nan_to_num(values).any()]
     panels = [bounds, *terms] if bounds else terms
     across = min(3, len(panels))
     down = -(-len(panels) // across)

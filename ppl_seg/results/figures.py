@@ -5,6 +5,7 @@ Matplotlib's object interface only (no pyplot, no global state); PNG files appea
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,8 +32,10 @@ STYLE = {
     "figure.constrained_layout.use": True,
 }
 PLANES = ("sagittal", "coronal", "axial")  # of a volume in RAS order: the axis that is held fixed
-ENTROPY_MAX = float(np.log(2.0))  # two labels, evenly: one scale for all scans
+ENTROPY_MAX = float(np.log(3.0))  # three labels, evenly: one scale for all scans
+TINT = 0.45  # of a label's colour inside its outline
 LEGEND_ENTRIES = 40
+_SIDE = re.compile(r"^(left|right)[-_ ]", re.IGNORECASE)
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
@@ -92,12 +95,14 @@ def draws_figure(
     path: str | Path,
     title: str = "",
     columns: int = 8,
+    names: Sequence[str] = (),
 ) -> None:
-    """Label maps drawn from a prior: a column a draw, a row a plane, the same slices in all.
+    """Label maps side by side: a column a map, a row a plane, the same slices in all.
 
     Args:
         label_maps: (S, *grid) positions of the table, two or three axes; the first `columns` are shown.
         affine: (4, 4) of the grid.
+        names: headings of the columns; by default draw 1, draw 2, ...
     """
     maps = np.asarray(label_maps)[:columns]
     if maps.ndim == 3:
@@ -117,12 +122,12 @@ def draws_figure(
         grid = figure.subplots(len(axes_shown), len(volumes), squeeze=False, gridspec_kw={"height_ratios": heights})
         shown = set()
         for row, axis, extent in zip(grid, axes_shown, extents, strict=True):
-            for number, (ax, volume) in enumerate(zip(row, volumes, strict=True), start=1):
+            for number, (ax, volume) in enumerate(zip(row, volumes, strict=True)):
                 labels = _slice(volume, axis, slices[axis])
                 shown |= set(np.unique(labels).tolist())
                 _show(ax, colors[labels], extent, (width, extent[1]))
                 if axis == axes_shown[0]:
-                    ax.set_title(f"draw {number}")
+                    ax.set_title(names[number] if names else f"draw {number + 1}")
             row[0].set_ylabel(PLANES[axis])
         if title:
             figure.suptitle(title, fontsize=10)
@@ -197,7 +202,7 @@ def _overlay(grey: np.ndarray, labels: np.ndarray, table: LabelTable) -> np.ndar
         before[axis], after[axis] = slice(None, -1), slice(1, None)
         edge[tuple(before)] |= differs
         edge[tuple(after)] |= differs
-    strength = np.where(edge & inside, 1.0, np.where(inside, 0.3, 0.0))[..., None]
+    strength = np.where(edge & inside, 1.0, np.where(inside, TINT, 0.0))[..., None]
     return (1 - strength) * grey[..., None] + strength * colors
 
 
@@ -216,11 +221,10 @@ def _show(ax: Any, picture: np.ndarray, size: tuple[float, float], room: tuple[f
 def _legend(figure: Figure, table: LabelTable, positions: Sequence[int]) -> None:
     if not positions:
         return
-    listed = list(positions)[:LEGEND_ENTRIES]
-    colors = _colors(table)
-    patches = [Patch(color=colors[m], label=table.names[m]) for m in listed]
-    if len(listed) < len(positions):
-        patches.append(Patch(color="none", label=f"and {len(positions) - len(listed)} more"))
+    entries = _legend_entries(table, positions)
+    patches = [Patch(facecolor=color, edgecolor="0.6", lw=0.5, label=name) for name, color in entries[:LEGEND_ENTRIES]]
+    if len(patches) < len(entries):
+        patches.append(Patch(color="none", label=f"and {len(entries) - len(patches)} more"))
     longest = max(len(str(patch.get_label())) for patch in patches)
     columns = max(1, int(figure.get_size_inches()[0] / (0.45 + 0.07 * longest)))
     rows = -(-len(patches) // columns)
@@ -235,3 +239,10 @@ def _legend(figure: Figure, table: LabelTable, positions: Sequence[int]) -> None
         handleheight=1.0,
         columnspacing=1.2,
     )
+
+
+def _legend_entries(table: LabelTable, positions: Sequence[int]) -> list[tuple[str, tuple[float, ...]]]:
+    """Names and colours; where left and right have one colour they are one entry, without the side."""
+    keys = [(_SIDE.sub("", str(name)), tuple(color)) for name, color in zip(table.names, _colors(table), strict=True)]
+    entries = [keys[m] if keys.count(keys[m]) > 1 else (str(table.names[m]), keys[m][1]) for m in positions]
+    return list(dict.fromkeys(entries))

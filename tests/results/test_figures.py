@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from ppl_seg.data.labels import LabelTable, make_entry
 from ppl_seg.results.charts import benchmark_figure, dice_steps_figure, reliability_figure, training_figure
 from ppl_seg.results.diagnostics import reliability
-from ppl_seg.results.figures import best_slices, draws_figure, qc_figure
+from ppl_seg.results.figures import _legend_entries, best_slices, draws_figure, qc_figure
 
 
 def assert_picture(path: Path) -> np.ndarray:
@@ -71,6 +72,30 @@ def test_draws(make_segmentation, tmp_path, shape):
     maps = np.random.default_rng(0).integers(0, 3, shape)
     draws_figure(maps, make_segmentation().table, np.diag([2.0, 2.0, 2.0, 1.0]), tmp_path / "draws.png", "Draws")
     assert_picture(tmp_path / "draws.png")
+
+
+def test_columns_of_draws_by_name(make_segmentation, tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(matplotlib.axes.Axes, "set_title", lambda self, title: titles.append(title))
+    maps = np.random.default_rng(0).integers(0, 3, (3, 4, 5, 6))
+    table = make_segmentation().table
+    draws_figure(maps, table, np.eye(4), tmp_path / "draws.png", columns=2, names=["truth", "draw", "unseen"])
+    assert titles == ["truth", "draw"]
+
+
+def test_legend_joins_sides_of_one_colour():
+    red, blue = (200, 0, 0), (0, 0, 200)
+    table = LabelTable(
+        (
+            *(make_entry(1, "Left-Caudate", color=red), make_entry(2, "Right-Caudate", color=red)),
+            *(make_entry(3, "Left-Arm", color=red), make_entry(4, "Right-Arm", color=blue)),
+            make_entry(5, "Brain-Stem", color=blue),
+        )
+    )
+    assert [name for name, _ in _legend_entries(table, [1, 2, 3, 4, 5])] == [
+        *("Caudate", "Left-Arm", "Right-Arm", "Brain-Stem")
+    ]
+    assert [name for name, _ in _legend_entries(table, [2])] == ["Caudate"]  # the other side is in the table
 
 
 def test_slices_show_the_structures_at_their_largest():

@@ -51,8 +51,8 @@ class Size:
     scans: int = 8
     spacing: float = 4.0
     latent_dim: int = 16
-    prior_steps: int = 350
-    fit_steps: int = 60
+    prior_steps: int = 300
+    fit_steps: int = 50
     refine: int | None = None
     draws: int = 20
     all_draws: int = 200

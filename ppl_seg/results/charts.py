@@ -98,8 +98,8 @@ def dice_steps_figure(
                 ax.plot(steps, values, color=color_of[name], marker=marker, markersize=3.5, lw=1.3, label=name)
             ax.set(xlabel="step", ylabel=word)
             ax.grid(alpha=0.25)
-            ax.legend(loc="best", fontsize=8)
             _focus(ax, [np.asarray(values, float) for _, values in curves.values()])
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
         if title:
             figure.suptitle(title, fontsize=10)
         save_figure(figure, path)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
-
-INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 def halved(grid: Sequence[int], times: int) -> tuple[int, ...]:
@@ -27,6 +26,27 @@ def convolution(dims: int, inputs: int, outputs: int, stride: int = 1) -> nn.Mod
     assert layer.bias is not None
     nn.init.zeros_(layer.bias)
     return layer
+
+
+def enlarge(volume: Tensor, shape: Sequence[int]) -> Tensor:
+    """Multilinear interpolation of (B, C, *grid) to another shape, corners not aligned, as torch's `interpolate`.
+
+    One matrix product an axis: on CPUs three times faster than `interpolate`, forward and backward.
+    """
+    # the last axis first: the later ones then only multiply from the left
+    for axis in reversed(range(len(shape))):
+        at = volume.dim() - len(shape) + axis
+        old, new = volume.shape[at], shape[axis]
+        if old == new:
+            continue
+        identity = torch.eye(old, dtype=volume.dtype, device=volume.device)[None]
+        weights = functional.interpolate(identity, new, mode="linear", align_corners=False)[0]  # (old, new)
+        if axis == len(shape) - 1:
+            volume = volume @ weights
+        else:
+            rest = volume.shape[at + 1 :]
+            volume = (weights.mT @ volume.flatten(at + 1)).unflatten(-1, rest)
+    return volume
 
 
 class ConvolutionalDecoder(nn.Module):
@@ -60,13 +80,17 @@ class ConvolutionalDecoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Scores (..., M, *grid) for z (..., D)."""
-        mode = INTERPOLATION[len(self.grid)]
-        hidden = self.expand(z.reshape(-1, z.shape[-1])).view(-1, *self.coarse)
+        flat = z.reshape(-1, z.shape[-1])
+        single = len(flat) == 1 and len(self.grid) == 3
+        # torch's 3-D convolution of a single small volume on a CPU takes longer than of two
+        hidden = self.expand(flat.expand(2, -1) if single else flat).view(-1, *self.coarse)
+        if len(self.grid) == 3:
+            hidden = hidden.contiguous(memory_format=torch.channels_last_3d)
         hidden = self.blocks[0](hidden)
         for shape, reduction, block in zip(self.shapes[1:], self.reductions, self.blocks[1:], strict=True):
-            hidden = functional.interpolate(reduction(hidden), shape, mode=mode, align_corners=False)
-            hidden = block(hidden)
-        scores = functional.interpolate(self.to_scores(hidden), self.grid, mode=mode, align_corners=False)
+            hidden = block(enlarge(reduction(hidden), shape))
+        coarse = self.to_scores(hidden)
+        scores = enlarge((coarse[:1] if single else coarse).contiguous(), self.grid)
         return scores.view(*z.shape[:-1], *scores.shape[1:])
 
 

@@ -8,6 +8,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
+from torch.nn import functional
 
 from .draws import draw_categories
 
@@ -44,10 +45,10 @@ class LabelField(TorchDistribution):
 
     def log_prob(self, labels: Tensor) -> Tensor:
         """Σ_j o_j log f_j(s_j) for label positions (B, *grid), (*S, B)."""
-        index = labels.long().flatten(1).unsqueeze(-2).expand(*self.batch_shape, 1, -1)
+        index = labels.long().flatten(1).expand(*self.batch_shape, -1)
         logits = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
-        chosen = logits.gather(-2, index).squeeze(-2)
-        return torch.where(self.observed, chosen - logits.logsumexp(-2), 0.0).sum(-1)
+        missing = functional.cross_entropy(logits.flatten(0, -3), index.flatten(0, -2), reduction="none")
+        return -torch.where(self.observed, missing.view(index.shape), 0.0).sum(-1)
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         """Label positions, (*sample_shape, *S, B, *grid)."""

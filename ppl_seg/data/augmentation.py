@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
-LABELS_AT_A_TIME = 8  # one-hot maps held in memory
+UNKNOWN = -1
 
 
 @dataclass(frozen=True)
@@ -44,27 +44,40 @@ def deform(
     if len(active) < 2:
         raise ValueError(f"expected a grid with two or three axes of more than one voxel, got {grid}")
     places = _random_positions(batch, active, generator, deformation).to(labels.device)
-    sizes = torch.tensor(active, device=labels.device)
-    places = (2 * places / (sizes - 1) - 1).flip(-1).reshape(batch, *active, len(active))  # for grid_sample
-    shaped = labels.reshape(batch, 1, *active)
-    known = observed.reshape(batch, 1, *active)
-    seen = _interpolate(known, places) >= 0.5
-    best = torch.zeros_like(seen, dtype=torch.float32)
-    winner = torch.zeros_like(shaped)
-    count = int(labels.max()) + 1
-    for first in range(0, count, LABELS_AT_A_TIME):
-        some = torch.arange(first, min(first + LABELS_AT_A_TIME, count), device=labels.device, dtype=labels.dtype)
-        some = some.reshape(1, -1, *[1] * len(active))
-        weight, which = _interpolate((shaped == some) & known, places).max(dim=1, keepdim=True)
-        better = weight > best
-        best = torch.where(better, weight, best)
-        winner = torch.where(better, (which + first).to(labels.dtype), winner)
-    winner = torch.where(seen, winner, 0)
-    return winner.reshape(labels.shape), seen.reshape(observed.shape)
+    known = torch.where(observed.reshape(batch, *active), labels.reshape(batch, *active).to(torch.int16), UNKNOWN)
+    drawn = _interpolate_labels(known, places)
+    return drawn.clamp(min=0).to(labels.dtype).reshape(labels.shape), (drawn != UNKNOWN).reshape(observed.shape)
 
 
-def _interpolate(masks: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    return F.grid_sample(masks.float(), places, mode="bilinear", padding_mode="zeros", align_corners=True)
+def _interpolate_labels(labels: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """The label with the largest linear weight, the smallest of equals, (B, J), at places (B, J, d) in voxels.
+
+    UNKNOWN where less than half of the weight is known. Only voxels whose corners differ need the weights: this
+    takes half the time of interpolating one-hot maps, for any number of labels.
+    """
+    grid = labels.shape[1:]
+    rim = functional.pad(labels, [1] * (2 * len(grid)), value=UNKNOWN).flatten(1)
+    size = torch.tensor(grid, device=places.device)
+    places = torch.minimum(places.clamp(min=-1), size)
+    low = torch.minimum(places.floor().long(), size - 1)
+    strides = [math.prod(n + 2 for n in grid[axis + 1 :]) for axis in range(len(grid))]
+    first = ((low + 1) * torch.tensor(strides, device=places.device)).sum(-1)
+    steps = list(itertools.product((0, 1), repeat=len(grid)))
+    corners = torch.stack([rim.gather(1, first + sum(map(int.__mul__, step, strides))) for step in steps])
+    result = corners[0].clone()
+    mixed = (corners != result).any(0)
+    candidates, fraction = corners[:, mixed], (places - low)[mixed].unbind(-1)
+    weights = torch.stack(
+        [math.prod((f if s else 1 - f) for f, s in zip(fraction, step, strict=True)) for step in steps]
+    )
+    weights = weights * (candidates != UNKNOWN)
+    winner, best = torch.full_like(candidates[0], UNKNOWN), torch.zeros_like(weights[0])
+    for label in candidates:
+        total = ((candidates == label) * weights).sum(0)
+        better = (total > best) | (total == best) & (label < winner)
+        winner, best = torch.where(better, label, winner), torch.where(better, total, best)
+    result[mixed] = torch.where(weights.sum(0) >= 0.5, winner, UNKNOWN)
+    return result
 
 
 def _random_positions(

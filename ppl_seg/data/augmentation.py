@@ -67,9 +67,10 @@ def _interpolate_labels(labels: torch.Tensor, places: torch.Tensor) -> torch.Ten
     result = corners[0].clone()
     mixed = (corners != result).any(0)
     candidates, fraction = corners[:, mixed], (places - low)[mixed].unbind(-1)
-    weights = torch.stack(
-        [math.prod((f if s else 1 - f) for f, s in zip(fraction, step, strict=True)) for step in steps]
+    shares = torch.stack(
+        [torch.stack([f if s else 1 - f for f, s in zip(fraction, step, strict=True)]) for step in steps]
     )
+    weights = shares.prod(1)
     weights = weights * (candidates != UNKNOWN)
     winner, best = torch.full_like(candidates[0], UNKNOWN), torch.zeros_like(weights[0])
     for label in candidates:

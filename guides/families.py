@@ -87,30 +87,27 @@ class _LowRankNormal(dist.LowRankMultivariateNormal):
         return density
 
 
-@register_kl(LowRankMultivariateNormal, Independent)
-def _kl_low_rank_to_normal(q: LowRankMultivariateNormal, p: Independent[Any]) -> Tensor:
+def _kl_to_normals(q: Any, log_det: Tensor, p: Independent[Any]) -> Tensor:
     """½ Σ_i [(Σ_ii + (μ_i − m_i)²)/s_i² − 1 + log s_i²] − ½ log det Σ: a normal to independent normals."""
     if not isinstance(p.base_dist, Normal) or p.reinterpreted_batch_ndims != 1:
-        raise NotImplementedError
+        raise NotImplementedError  # how torch's kl_divergence says that no formula is known
     variance = p.base_dist.scale.square()
     spread = q.variance + (q.loc - p.base_dist.loc).square()
+    return 0.5 * ((spread / variance - 1 + variance.log()).sum(-1) - log_det)
+
+
+@register_kl(LowRankMultivariateNormal, Independent)
+def _kl_low_rank_to_normals(q: LowRankMultivariateNormal, p: Independent[Any]) -> Tensor:
     identity = torch.eye(q.cov_factor.shape[-1], dtype=q.loc.dtype, device=q.loc.device)
     scaled = q.cov_factor / q.cov_diag.unsqueeze(-1)
     with _full_precision(q.loc):
         capacitance = identity + q.cov_factor.mT @ scaled  # matrix determinant lemma
-    log_det = q.cov_diag.log().sum(-1) + torch.linalg.slogdet(capacitance).logabsdet
-    return 0.5 * ((spread / variance - 1 + variance.log()).sum(-1) - log_det)
+    return _kl_to_normals(q, q.cov_diag.log().sum(-1) + torch.linalg.slogdet(capacitance).logabsdet, p)
 
 
 @register_kl(MultivariateNormal, Independent)
-def _kl_full_to_normal(q: MultivariateNormal, p: Independent[Any]) -> Tensor:
-    """As above, for a full covariance given by its Cholesky factor."""
-    if not isinstance(p.base_dist, Normal) or p.reinterpreted_batch_ndims != 1:
-        raise NotImplementedError
-    variance = p.base_dist.scale.square()
-    spread = q.variance + (q.loc - p.base_dist.loc).square()
-    log_det = 2 * q.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return 0.5 * ((spread / variance - 1 + variance.log()).sum(-1) - log_det)
+def _kl_full_to_normals(q: MultivariateNormal, p: Independent[Any]) -> Tensor:
+    return _kl_to_normals(q, 2 * q.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1), p)
 
 
 FAMILIES: dict[str, Callable[..., Family]] = {"mean-field": MeanField, "low-rank": LowRank}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -32,6 +33,13 @@ class Family(nn.Module):
 
     latent_dim: int
     num_parameters: int
+
+    def raw_at(self, loc: Tensor, scale: float) -> Tensor:
+        """Raw parameters (..., P) of a q(z) around `loc` (..., D) with sd `scale` in every dimension."""
+        raw = loc.new_zeros(*loc.shape[:-1], self.num_parameters)
+        raw[..., : self.latent_dim] = loc
+        raw[..., self.latent_dim : 2 * self.latent_dim] = math.log(math.expm1(scale - SCALE_FLOOR)) - _UNIT
+        return raw
 
 
 class MeanField(Family):

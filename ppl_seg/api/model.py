@@ -47,7 +47,7 @@ from ppl_seg.results.readout import read_out
 from ppl_seg.results.segmentation import Segmentation
 from ppl_seg.results.volumes import border_flags, label_quality
 
-START_RAW_SCALE = -1.5  # z_scale starts at 0.3: the gradient hears the data before the noise
+START_SCALE = 0.3  # sd of a scan's own q(z) before its first step: the gradient hears the data before the noise
 
 
 @dataclass
@@ -275,9 +275,7 @@ class Model:
             raw = torch.zeros(len(scan), family.num_parameters, device=device)
             steps = recipe.per_scan_steps if refine is None else refine
             if steps:
-                d = self.shape_prior.latent_dim
-                raw[:, :d] = best_start(model, self.codes.to(device), scan, observed, theta)
-                raw[:, d : 2 * d] = START_RAW_SCALE
+                raw = family.raw_at(best_start(model, self.codes.to(device), scan, observed, theta), START_SCALE)
         learn_maps = maps is None and recipe.maps is not None
         return infer(model, family, raw, scan, observed, theta, recipe, steps, learn_maps), model
 

@@ -20,6 +20,8 @@ from ..models.shape_prior import ShapePrior
 from .objectives import OBJECTIVES
 from .recipes import Recipe
 
+START_SCALE = 0.2  # sd of q(z|s) before training
+
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
@@ -34,9 +36,11 @@ def build_label_map_guide(
 ) -> LabelMapGuide:
     """q(z|s)."""
     distribution = build_family(family, latent_dim)
-    return LabelMapGuide(
-        ConvolutionalEncoder(num_labels, grid, distribution.num_parameters, **options), distribution, num_labels
-    )
+    encoder = ConvolutionalEncoder(num_labels, grid, distribution.num_parameters, **options)
+    with torch.no_grad():
+        # from sd 1 the decoder learns to mistrust z before it has heard of it
+        encoder.to_raw.bias.copy_(distribution.raw_at(torch.zeros(latent_dim), START_SCALE))
+    return LabelMapGuide(encoder, distribution, num_labels)
 
 
 def build_scan_guide(family: str, latent_dim: int, channels: int, grid: Sequence[int], **options: Any) -> ScanGuide:

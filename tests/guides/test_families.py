@@ -51,6 +51,14 @@ def test_raw_zeros_are_close_to_the_prior(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_raw_at_gives_the_mean_and_the_scale(name: str) -> None:
+    family, loc = build_family(name, D).double(), torch.randn(3, D, dtype=torch.float64)
+    mean, covariance = moments(family(family.raw_at(loc, 0.2)))
+    torch.testing.assert_close(mean, loc)
+    torch.testing.assert_close(covariance.diagonal(dim1=-2, dim2=-1).min(-1).values, torch.full_like(loc[:, 0], 0.04))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_raw_number_matters_from_the_start(name: str) -> None:
     """No saddle at raw zeros: the gradient of a generic function of the moments reaches every number."""
     family = build_family(name, D).double()

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from ppl_seg.models.shape_prior import ShapeModel, location_prior
 FEWEST_MAPS = 3
 HELD_OUT_SHARE = 0.1
 BATCH_SIZE = 8
-STEPS = 2400
+STEPS = 4000
 LEARNING_RATE = 1.5e-3
 CLIP_NORM = 0.01  # of the bound per voxel; a looser one let a spike collapse q(z|s) to the prior
 LATENT_DIM = 64
@@ -119,7 +120,8 @@ def learn_prior(
         torch.manual_seed(seed)
         shape_prior = build_shape_prior(location, "convolutional", dim)
         label_guide = build_label_map_guide(guide, dim, num_labels, maps.grid.shape)
-    task = LabelMapTask(maps.labels.to(where), maps.observed.to(where), held_out, BATCH_SIZE, deform)
+    augment = partial(deform, spacing=min(maps.grid.spacing))
+    task = LabelMapTask(maps.labels.to(where), maps.observed.to(where), held_out, BATCH_SIZE, augment)
     log = fit(
         ShapeModel(shape_prior),
         label_guide,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional
@@ -15,7 +15,7 @@ UNKNOWN = -1
 
 @dataclass(frozen=True)
 class Deformation:
-    """How much label maps are deformed; standard deviations, voxels of the grid where not said otherwise."""
+    """How much label maps are deformed; standard deviations, millimetres where not said otherwise."""
 
     rotation: float = 4.0  # degrees, in each plane
     scale: float = 0.05  # of the logarithm, along each axis
@@ -24,21 +24,27 @@ class Deformation:
     elastic: float = 0.8
     elastic_spacing: float = 10.0  # between the control points of the elastic displacement
 
+    def in_voxels(self, spacing: float) -> Deformation:
+        """The same deformation of a grid with voxels of `spacing` mm, lengths in voxels."""
+        lengths = {"translation": self.translation, "elastic": self.elastic, "elastic_spacing": self.elastic_spacing}
+        return replace(self, **{name: length / spacing for name, length in lengths.items()})
+
 
 def deform(
     labels: torch.Tensor,
     observed: torch.Tensor,
     generator: torch.Generator,
+    spacing: float = 1.0,
     deformation: Deformation | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each label map of a batch under its own random affine map and smooth displacement: (labels, observed).
 
-    `labels` (B, *grid) integer, `observed` (B, 1, *grid) bool, 2-D or 3-D; same shapes and types out. A
+    `labels` (B, *grid) integer, `observed` (B, 1, *grid) bool, 2-D or 3-D, `spacing` mm; same shapes and types out. A
     voxel gets the label with the largest weight when one-hot maps are interpolated linearly, which keeps
     borders smooth. Voxels that come from beyond the grid, or mostly from unobserved ones, are label 0,
     unobserved. Deterministic given `generator`, whose device need not be the labels'.
     """
-    deformation = deformation or Deformation()
+    deformation = (deformation or Deformation()).in_voxels(spacing)
     batch, *grid = labels.shape
     active = [size for size in grid if size > 1]  # an axis of one voxel stays as it is
     if len(active) < 2:

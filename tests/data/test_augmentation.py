@@ -39,7 +39,7 @@ def test_nothing_moves_without_strength():
     labels, observed = ball()
     labels[0, 3, 3, 3] = 11  # a label of the second chunk
     observed[1, 0, :5] = False
-    moved, seen = deform(labels, observed, generator(), STILL)
+    moved, seen = deform(labels, observed, generator(), deformation=STILL)
     assert torch.equal(seen, observed)
     assert torch.equal(moved, torch.where(observed[:, 0], labels, 0))
 
@@ -57,10 +57,22 @@ def test_what_comes_from_beyond_the_grid_is_unobserved():
     labels, observed = ball((20, 20, 20))
     labels[:] = 4
     moved, seen = deform(
-        labels, observed, generator(), Deformation(rotation=0, scale=0, shear=0, translation=5, elastic=0)
+        labels,
+        observed,
+        generator(),
+        deformation=Deformation(rotation=0, scale=0, shear=0, translation=5, elastic=0),
     )
     assert 0.2 < seen.float().mean() < 1
     assert (moved[seen[:, 0]] == 4).all() and (moved[~seen[:, 0]] == 0).all()
+
+
+def test_lengths_are_millimetres():
+    labels, observed = ball()
+    millimetres = Deformation(rotation=0, translation=5, elastic=1, elastic_spacing=12)
+    voxels = Deformation(rotation=0, translation=2.5, elastic=0.5, elastic_spacing=6)
+    coarse, _ = deform(labels, observed, generator(), 2.0, millimetres)
+    fine, _ = deform(labels, observed, generator(), 1.0, voxels)
+    assert torch.equal(coarse, fine) and not torch.equal(coarse, labels)
 
 
 def test_elastic_field_is_smooth_and_of_the_asked_size():

@@ -8,6 +8,7 @@ from pyro import distributions as dist
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from ..models.decoders import Lattice
 from ..models.shape_prior import ShapePrior
 from .families import Family
 
@@ -42,7 +43,9 @@ class LabelMapGuide(PyroModule):
         """Raw parameters, (B, P), of label positions (B, *grid) with observed (B, 1, *grid)."""
         weight = next(self.label_encoder.parameters())
         seen = observed[:, 0]
-        one_hot = torch.stack([((labels == m) & seen).to(weight.dtype) for m in range(self.num_labels)], 1)
+        one_hot = weight.new_zeros(labels.shape[0], self.num_labels, *labels.shape[1:])
+        known = torch.where(seen, labels.long(), 0)  # what stands in unobserved voxels is no label
+        one_hot.scatter_(1, known.unsqueeze(1), seen.to(weight.dtype).unsqueeze(1))
         raw: Tensor = self.label_encoder(one_hot)
         return raw.to(torch.promote_types(weight.dtype, torch.float32))
 
@@ -64,8 +67,8 @@ class LabelMapGuide(PyroModule):
         # L⁻¹ chol(Σ) is lower triangular with a positive diagonal: it is the Cholesky factor
         return dist.MultivariateNormal(loc.to(posterior.mean.dtype), scale_tril=root.to(posterior.mean.dtype))
 
-    def forward(self, labels: Tensor, observed: Tensor) -> Tensor:
-        """Sample z (B, D)."""
+    def forward(self, labels: Tensor, observed: Tensor, lattice: Lattice | None = None) -> Tensor:
+        """Sample z (B, D) from whole label maps; the lattice is the program's."""
         with pyro.plate("scans", labels.shape[0], dim=-1):
             z: Tensor = pyro.sample("z", self.posterior(labels, observed))
         return z

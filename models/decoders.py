@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+Lattice = tuple[slice, ...]  # some voxels of a grid: a slice an axis
+
 
 def halved(grid: Sequence[int], times: int) -> tuple[int, ...]:
     """The grid's shape after halving it (rounding up) a number of times."""
@@ -28,19 +30,22 @@ def convolution(dims: int, inputs: int, outputs: int, stride: int = 1) -> nn.Mod
     return layer
 
 
-def enlarge(volume: Tensor, shape: Sequence[int]) -> Tensor:
+def enlarge(volume: Tensor, shape: Sequence[int], lattice: Lattice | None = None) -> Tensor:
     """Multilinear interpolation of (B, C, *grid) to another shape, corners not aligned, as torch's `interpolate`.
 
-    One matrix product an axis: on CPUs three times faster than `interpolate`, forward and backward.
+    One matrix product an axis: on CPUs three times faster than `interpolate`, forward and backward. Of the result only
+    the voxels of `lattice` are computed.
     """
     # the last axis first: the later ones then only multiply from the left
     for axis in reversed(range(len(shape))):
         at = volume.dim() - len(shape) + axis
         old, new = volume.shape[at], shape[axis]
-        if old == new:
+        if old == new and lattice is None:
             continue
         identity = torch.eye(old, dtype=volume.dtype, device=volume.device)[None]
         weights = functional.interpolate(identity, new, mode="linear", align_corners=False)[0]  # (old, new)
+        if lattice is not None:
+            weights = weights[:, lattice[axis]]
         if axis == len(shape) - 1:
             volume = volume @ weights
         else:
@@ -78,8 +83,8 @@ class ConvolutionalDecoder(nn.Module):
         for parameter in self.to_scores.parameters():
             nn.init.zeros_(parameter)
 
-    def forward(self, z: Tensor) -> Tensor:
-        """Scores (..., M, *grid) for z (..., D)."""
+    def forward(self, z: Tensor, lattice: Lattice | None = None) -> Tensor:
+        """Scores (..., M, *grid), or on the lattice's voxels alone, for z (..., D)."""
         flat = z.reshape(-1, z.shape[-1])
         single = len(flat) == 1 and len(self.grid) == 3
         # torch's 3-D convolution of a single small volume on a CPU takes longer than of two
@@ -90,7 +95,7 @@ class ConvolutionalDecoder(nn.Module):
         for shape, reduction, block in zip(self.shapes[1:], self.reductions, self.blocks[1:], strict=True):
             hidden = block(enlarge(reduction(hidden), shape))
         coarse = self.to_scores(hidden)
-        scores = enlarge((coarse[:1] if single else coarse).contiguous(), self.grid)
+        scores = enlarge((coarse[:1] if single else coarse).contiguous(), self.grid, lattice)
         return scores.view(*z.shape[:-1], *scores.shape[1:])
 
 
@@ -101,9 +106,12 @@ class LocationDecoder(nn.Module):
         super().__init__()
         self.shape = (num_labels, *grid)
 
-    def forward(self, z: Tensor) -> Tensor:
-        """Zeros, (..., M, *grid)."""
-        return z.new_zeros(()).expand(*z.shape[:-1], *self.shape)
+    def forward(self, z: Tensor, lattice: Lattice | None = None) -> Tensor:
+        """Zeros, (..., M, *grid), or on the lattice's voxels alone."""
+        labels, *grid = self.shape
+        if lattice is not None:
+            grid = [len(range(n)[some]) for n, some in zip(grid, lattice, strict=True)]
+        return z.new_zeros(()).expand(*z.shape[:-1], labels, *grid)
 
 
 DECODERS: dict[str, Callable[..., nn.Module]] = {"convolutional": ConvolutionalDecoder, "location": LocationDecoder}

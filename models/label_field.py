@@ -45,7 +45,8 @@ class LabelField(TorchDistribution):
 
     def log_prob(self, labels: Tensor) -> Tensor:
         """Σ_j o_j log f_j(s_j) for label positions (B, *grid), (*S, B)."""
-        index = labels.long().flatten(1).expand(*self.batch_shape, -1)
+        known = torch.where(self.observed, labels.long().flatten(1), 0)  # what stands elsewhere is no label
+        index = known.expand(*self.batch_shape, -1)
         logits = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
         missing = functional.cross_entropy(logits.flatten(0, -3), index.flatten(0, -2), reduction="none")
         return -torch.where(self.observed, missing.view(index.shape), 0.0).sum(-1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pyro
 import torch
 from pyro import distributions as dist
@@ -9,6 +11,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .decoders import Lattice
 from .label_field import LabelField
 
 
@@ -20,7 +23,7 @@ class ShapePrior(nn.Module):
 
     Args:
         location_prior: p_loc, (M, *grid), positive.
-        decoder: z (..., D) → scores (..., M, *grid).
+        decoder: z (..., D) → scores (..., M, *grid); a lattice as second argument where it is trained on one.
         latent_dim: D.
 
     Raises:
@@ -56,9 +59,10 @@ class ShapePrior(nn.Module):
         zero = self.log_location_prior.new_zeros(self.latent_dim)
         return dist.Normal(zero, torch.ones_like(zero)).to_event(1)
 
-    def label_scores(self, z: Tensor) -> Tensor:
-        """Decoder output, (..., M, *grid)."""
-        scores: Tensor = self.decoder(self.latent_loc + z @ self.latent_scale_tril.T)
+    def label_scores(self, z: Tensor, lattice: Lattice | None = None) -> Tensor:
+        """Decoder output, (..., M, *grid), or on the lattice's voxels alone."""
+        code = self.latent_loc + z @ self.latent_scale_tril.T
+        scores: Tensor = self.decoder(code) if lattice is None else self.decoder(code, lattice)
         return scores
 
     def calibrate(self, loc: Tensor, covariance: Tensor) -> None:
@@ -66,9 +70,10 @@ class ShapePrior(nn.Module):
         self.latent_loc.copy_(loc)
         self.latent_scale_tril.copy_(torch.linalg.cholesky(covariance))
 
-    def label_logits(self, z: Tensor) -> Tensor:
-        """a = scores + log p_loc, (..., M, *grid)."""
-        return self.label_scores(z) + self.log_location_prior
+    def label_logits(self, z: Tensor, lattice: Lattice | None = None) -> Tensor:
+        """a = scores + log p_loc, (..., M, *grid), or on the lattice's voxels alone."""
+        location = self.log_location_prior if lattice is None else self.log_location_prior[(slice(None), *lattice)]
+        return self.label_scores(z, lattice) + location
 
     def log_label_probs(self, z: Tensor) -> Tensor:
         """log f, (..., M, *grid)."""
@@ -84,24 +89,38 @@ class ShapeModel(PyroModule):
         super().__init__()
         self.shape_prior = shape_prior
 
-    def forward(self, labels: Tensor | None = None, observed: Tensor | None = None, num_scans: int = 1) -> Tensor:
+    def forward(
+        self,
+        labels: Tensor | None = None,
+        observed: Tensor | None = None,
+        lattice: Lattice | None = None,
+        num_scans: int = 1,
+    ) -> Tensor:
         """Run the program; without labels it simulates label maps.
 
         Args:
             labels: label positions, (B, *grid), or None.
             observed: bool, (B, 1, *grid); None observes everything.
+            lattice: the voxels that stand for all of them, their log-probability scaled up; None takes every voxel.
             num_scans: B, where neither is given.
 
         Returns:
-            Label positions, (B, *grid).
+            Label positions, (B, *grid), or on the lattice.
         """
         shape = self.shape_prior
         batch = labels.shape[0] if labels is not None else observed.shape[0] if observed is not None else num_scans
         if observed is None:
             observed = torch.ones((batch, 1, *shape.grid), dtype=torch.bool, device=shape.log_location_prior.device)
+        weight = 1
+        if lattice is not None:
+            observed = observed[(slice(None), slice(None), *lattice)]
+            labels = labels if labels is None else labels[(slice(None), *lattice)]
+            weight = math.prod(some.step or 1 for some in lattice)  # over all places of the lattice: unbiased
         with pyro.plate("scans", batch, dim=-1):
             z = pyro.sample("z", shape.prior())
-            drawn: Tensor = pyro.sample("labels", LabelField(shape.label_logits(z), observed), obs=labels)
+            with pyro.poutine.scale(scale=weight):
+                field = LabelField(shape.label_logits(z, lattice), observed)
+                drawn: Tensor = pyro.sample("labels", field, obs=labels)
         return drawn
 
 

@@ -51,7 +51,8 @@ with pyro.get_param_store().scope():  # the store is global: this training's par
     svi = SVI(ShapeModel(prior), guide, pyro.optim.Adam({"lr": 1e-3}), loss=elbo)
     for step in range(args.steps):
         chosen = torch.randint(len(labels), (8,))  # tens of maps are few: each is deformed anew every time
-        losses.append(svi.step(*deform(labels[chosen], observed[chosen], random, grid.spacing[0])) / labels[chosen].numel())
+        batch = deform(labels[chosen], observed[chosen], random, grid.spacing[0])
+        losses.append(svi.step(*batch) / batch[0].numel())
         print(f"step {step + 1} of {args.steps}: loss per voxel {losses[-1]:.4f}", flush=True)
 calibrate_prior(prior, guide, labels, observed)  # lay N(0, I) over the maps themselves, not their deformed copies
 described = {"table": table.to_dict(), "grid": grid.to_dict(), "latent": args.latent, "losses": losses}

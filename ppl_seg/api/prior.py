@@ -42,6 +42,7 @@ STEPS = 4000
 LEARNING_RATE = 1.5e-3
 CLIP_NORM = 0.01  # of the bound per voxel; a looser one let a spike collapse q(z|s) to the prior
 LATENT_DIM = 64
+LARGE_GRID = 250_000  # voxels; above, a step's likelihood is taken on every other voxel along each axis
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ def learn_prior(
         shape_prior = build_shape_prior(location, "convolutional", dim)
         label_guide = build_label_map_guide(guide, dim, num_labels, maps.grid.shape)
     augment = partial(deform, spacing=min(maps.grid.spacing))
-    task = LabelMapTask(maps.labels.to(where), maps.observed.to(where), held_out, BATCH_SIZE, augment)
+    stride = 2 if math.prod(maps.grid.shape) > LARGE_GRID else 1
+    task = LabelMapTask(maps.labels.to(where), maps.observed.to(where), held_out, BATCH_SIZE, augment, stride)
     log = fit(
         ShapeModel(shape_prior),
         label_guide,

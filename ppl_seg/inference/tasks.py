@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..guides.families import kl_to_prior
+from ..models.decoders import Lattice
 from ..models.intensity import IntensityParameters, PseudoCounts
 from ..models.segmentation import SegmentationModel
 from .expectation import Factor, MapOptions, background_maps, update_theta
@@ -35,16 +36,31 @@ class LabelMapTask(Task):
     Args:
         labels: label positions, (n, *grid). observed: bool, (n, 1, *grid).
         held_out: which maps only judge, (n,) bool. batch_size: B. augment: deforms a batch; None for none.
+        stride: of the lattice of voxels, placed at random, on which a step's likelihood is taken; 1 for every voxel.
     """
 
     def __init__(
-        self, labels: Tensor, observed: Tensor, held_out: Tensor, batch_size: int, augment: Augment | None = None
+        self,
+        labels: Tensor,
+        observed: Tensor,
+        held_out: Tensor,
+        batch_size: int,
+        augment: Augment | None = None,
+        stride: int = 1,
     ) -> None:
         self.labels, self.observed, self.batch_size, self.augment = labels, observed, batch_size, augment
+        self.stride = stride
         self.training, self.judging = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
 
-    def _batch(self, labels: Tensor, observed: Tensor) -> Batch:
-        return Batch((labels, observed), len(labels), labels[0].numel())
+    def _batch(self, labels: Tensor, observed: Tensor, lattice: Lattice | None = None) -> Batch:
+        return Batch((labels, observed, lattice), len(labels), labels[0].numel())
+
+    def _lattice(self, generator: torch.Generator) -> Lattice | None:
+        if self.stride == 1:
+            return None
+        steps = [min(self.stride, n) for n in self.labels.shape[1:]]
+        first = [int(torch.randint(step, (), generator=generator)) for step in steps]
+        return tuple(slice(start, None, step) for start, step in zip(first, steps, strict=True))
 
     def batch(self, step: int, generator: torch.Generator) -> Batch:
         """Maps chosen at random, deformed."""
@@ -52,7 +68,7 @@ class LabelMapTask(Task):
         labels, observed = self.labels[chosen].long(), self.observed[chosen]
         if self.augment is not None:
             labels, observed = self.augment(labels, observed, generator)
-        return self._batch(labels, observed)
+        return self._batch(labels, observed, self._lattice(generator))
 
     def held_out(self) -> Iterable[Batch]:
         """The maps that only judge, as they are."""
@@ -62,7 +78,7 @@ class LabelMapTask(Task):
     def terms(self, model: Any, guide: Any, args: tuple[Any, ...]) -> dict[str, float]:
         """The KL; the rest of the bound is the log-likelihood."""
         with torch.no_grad():
-            kl = kl_to_prior(guide.posterior(*args), model.shape_prior.prior()).sum()
+            kl = kl_to_prior(guide.posterior(*args[:2]), model.shape_prior.prior()).sum()
         return {"kl": float(kl)}
 
 

@@ -62,3 +62,11 @@ def test_scores_are_smooth() -> None:
 def test_unknown_name_lists_the_known() -> None:
     with pytest.raises(ValueError, match="convolutional"):
         build_decoder("transformer", 4, 3, (8, 8))
+
+
+@pytest.mark.parametrize("grid", [(17, 13), (9, 11, 8), (24, 20, 1)], ids=str)
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_lattice_is_a_part_of_the_whole(name: str, grid: tuple[int, ...]) -> None:
+    decoder, z = perturbed(name, grid), torch.randn(2, 4, dtype=torch.float64)
+    lattice = tuple(slice(n > 5, None, min(n, 2)) for n in grid)
+    torch.testing.assert_close(decoder(z, lattice), decoder(z)[(slice(None), slice(None), *lattice)])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from pyro import poutine
 
+from ppl_seg.models.decoders import build_decoder
 from ppl_seg.models.shape_prior import ShapeModel, ShapePrior, gaussian_blur, location_prior
 from tests.reference.problems import make_problem
 
@@ -49,6 +50,20 @@ def test_stage_1_log_likelihood_by_loops(grid: tuple[int, ...]) -> None:
     torch.testing.assert_close(trace.nodes["z"]["log_prob"], prior, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("foreign", [3, 255, -1])
+def test_labels_of_unobserved_voxels_need_not_exist(foreign: int) -> None:
+    problem = make_problem(grid=(3, 2, 2), mask="some")
+    labels, model = torch.randint(0, 3, (2, 3, 2, 2)), ShapeModel(problem.shape_prior())
+    strange = torch.where(problem.observed[:, 0], labels, foreign)
+    z, found = problem.z(), []
+    for given in (labels, strange):
+        trace = poutine.trace(poutine.condition(model, {"z": z})).get_trace(given, problem.observed)
+        trace.compute_log_prob()
+        found.append(trace.nodes["labels"]["log_prob"])
+    assert torch.equal(*found)
+    assert not torch.equal(labels, strange)
+
+
 def test_stage_1_labels_sum_to_one_over_all_label_maps() -> None:
     problem = make_problem(grid=(3, 1), num_scans=1, mask="none")
     model, z = ShapeModel(problem.shape_prior()), problem.z()
@@ -87,6 +102,22 @@ def test_location_prior_is_a_smoothed_frequency_with_a_floor() -> None:
     assert float((prior - counts).abs().max()) < 0.03
     smooth = location_prior(labels, observed, 4, blur=1.0)
     assert float(smooth.diff(dim=1).abs().mean()) < 0.5 * float(prior.diff(dim=1).abs().mean())
+
+
+@pytest.mark.parametrize("grid", [(5, 4), (3, 4, 5)])
+def test_the_mean_over_all_lattices_is_the_whole_likelihood(grid: tuple[int, ...]) -> None:
+    shape = ShapePrior(torch.rand(3, *grid).double().softmax(0), build_decoder("convolutional", 2, 3, grid).double(), 2)
+    torch.nn.init.normal_(shape.decoder.to_scores.weight)
+    labels, observed = torch.randint(3, (2, *grid)), torch.rand(2, 1, *grid) > 0.2
+    z = torch.randn(2, 2, dtype=torch.float64)
+
+    def log_prob(lattice: tuple[slice, ...] | None) -> torch.Tensor:
+        trace = poutine.trace(poutine.condition(ShapeModel(shape), {"z": z})).get_trace(labels, observed, lattice)
+        trace.compute_log_prob()
+        return trace.nodes["labels"]["log_prob"]
+
+    phases = itertools.product(*[(slice(0, None, 2), slice(1, None, 2)) for _ in grid])
+    torch.testing.assert_close(torch.stack([log_prob(phase) for phase in phases]).mean(0), log_prob(None))
 
 
 def test_location_prior_counts_observed_voxels_only() -> None:

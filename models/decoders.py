@@ -31,7 +31,7 @@ def convolution(dims: int, inputs: int, outputs: int, stride: int = 1) -> nn.Mod
 
 
 def enlarge(volume: Tensor, shape: Sequence[int], lattice: Lattice | None = None) -> Tensor:
-    """Multilinear interpolation of (B, C, *grid) to another shape, corners not aligned, as torch's `interpolate`.
+    """Multilinear interpolation of (..., *grid) to another shape, corners not aligned, as torch's `interpolate`.
 
     One matrix product an axis: on CPUs three times faster than `interpolate`, forward and backward. Of the result only
     the voxels of `lattice` are computed.
@@ -74,8 +74,8 @@ class ConvolutionalDecoder(nn.Module):
         dims = len(self.grid)
         self.shapes = [halved(grid, finest + level) for level in reversed(range(levels))]
         widths = [width * 2**level for level in reversed(range(levels))]
-        self.coarse = (widths[0], *self.shapes[0])
-        self.expand = nn.Linear(latent_dim, math.prod(self.coarse))
+        self.coarsest = (widths[0], *self.shapes[0])
+        self.expand = nn.Linear(latent_dim, math.prod(self.coarsest))
         self.blocks = nn.ModuleList(nn.Sequential(convolution(dims, w, w), nn.SiLU()) for w in widths)
         # Channels are reduced before the grid is doubled: convolutions at the finest level take most of the time.
         self.reductions = nn.ModuleList(convolution(dims, w, w // 2) for w in widths[:-1])
@@ -83,20 +83,24 @@ class ConvolutionalDecoder(nn.Module):
         for parameter in self.to_scores.parameters():
             nn.init.zeros_(parameter)
 
-    def forward(self, z: Tensor, lattice: Lattice | None = None) -> Tensor:
-        """Scores (..., M, *grid), or on the lattice's voxels alone, for z (..., D)."""
+    def coarse(self, z: Tensor) -> Tensor:
+        """Scores at the finest level computed, (..., M, *coarse grid), for z (..., D)."""
         flat = z.reshape(-1, z.shape[-1])
         single = len(flat) == 1 and len(self.grid) == 3
         # torch's 3-D convolution of a single small volume on a CPU takes longer than of two
-        hidden = self.expand(flat.expand(2, -1) if single else flat).view(-1, *self.coarse)
+        hidden = self.expand(flat.expand(2, -1) if single else flat).view(-1, *self.coarsest)
         if len(self.grid) == 3:
             hidden = hidden.contiguous(memory_format=torch.channels_last_3d)
         hidden = self.blocks[0](hidden)
         for shape, reduction, block in zip(self.shapes[1:], self.reductions, self.blocks[1:], strict=True):
             hidden = block(enlarge(reduction(hidden), shape))
-        coarse = self.to_scores(hidden)
-        scores = enlarge((coarse[:1] if single else coarse).contiguous(), self.grid, lattice)
+        scores = self.to_scores(hidden)
+        scores = (scores[:1] if single else scores).contiguous()
         return scores.view(*z.shape[:-1], *scores.shape[1:])
+
+    def forward(self, z: Tensor, lattice: Lattice | None = None) -> Tensor:
+        """Scores (..., M, *grid), or on the lattice's voxels alone, for z (..., D)."""
+        return enlarge(self.coarse(z), self.grid, lattice)
 
 
 class LocationDecoder(nn.Module):
@@ -105,6 +109,11 @@ class LocationDecoder(nn.Module):
     def __init__(self, latent_dim: int, num_labels: int, grid: Sequence[int]) -> None:
         super().__init__()
         self.shape = (num_labels, *grid)
+
+    def coarse(self, z: Tensor) -> Tensor:
+        """Zeros of a single voxel, (..., M, 1, 1, 1), or (..., M, 1, 1) for a 2-D grid."""
+        labels, *grid = self.shape
+        return z.new_zeros(()).expand(*z.shape[:-1], labels, *[1] * len(grid))
 
     def forward(self, z: Tensor, lattice: Lattice | None = None) -> Tensor:
         """Zeros, (..., M, *grid), or on the lattice's voxels alone."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from .voxels import Voxels, take
+
 SD_FLOOR = 1e-4  # of the normalised intensity range; keeps an emptied component's density finite
 _LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -47,6 +49,11 @@ class IntensityParameters:
             self.log_weight.to(device),
             None if maps is None else maps.to(device),
         )
+
+    def at(self, voxels: Voxels) -> IntensityParameters:
+        """θ with its maps at some voxels alone."""
+        maps = self.background_log_weight
+        return self if maps is None else self.with_maps(take(maps, voxels))
 
     def with_maps(self, background_log_weight: Tensor | None) -> IntensityParameters:
         """θ with other background maps, (K0, J)."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .intensity import IntensityModel, IntensityParameters
+from .voxels import Voxels, put, seen_by_any, take
 
 CHUNK = 32768  # voxels
 
@@ -72,14 +73,18 @@ def _apply(
     return factor
 
 
-def _chunks(total: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+def _chunks(observed: Tensor, size: int) -> list[Voxels]:
+    """The voxels that count, so many at a time."""
+    seen, total = seen_by_any(observed), observed.shape[-1]
+    if isinstance(seen, slice):
+        return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+    return list(seen.split(size)) if len(seen) else []
 
 
-def _theta_of(arguments: tuple[Tensor | None, ...], voxels: slice) -> IntensityParameters:
+def _theta_of(arguments: tuple[Tensor | None, ...], voxels: Voxels) -> IntensityParameters:
     mean, sd, log_weight, maps = arguments
     assert mean is not None and sd is not None and log_weight is not None
-    return IntensityParameters(mean, sd, log_weight, None if maps is None else maps[:, voxels])
+    return IntensityParameters(mean, sd, log_weight, maps).at(voxels)
 
 
 class _VoxelFactor(torch.autograd.Function):
@@ -96,10 +101,10 @@ class _VoxelFactor(torch.autograd.Function):
         intensity, chunk, expected = settings
         dtype = torch.promote_types(scores.dtype, torch.promote_types(scan.dtype, torch.float32))
         total = scores.new_zeros(scores.shape[:-2], dtype=dtype)
-        for voxels in _chunks(scores.shape[-1], chunk):
-            a = scores[..., voxels].to(dtype) + log_prior[:, voxels]
-            seen = observed[..., voxels]
-            log_likelihood = intensity.label_log_prob(scan[..., voxels], seen, _theta_of(arguments, voxels))
+        for voxels in _chunks(observed, chunk):
+            a = take(scores, voxels).to(dtype) + take(log_prior, voxels)
+            seen = take(observed, voxels)
+            log_likelihood = intensity.label_log_prob(take(scan, voxels), seen, _theta_of(arguments, voxels))
             if expected:
                 factor = (a.softmax(-2) * log_likelihood).sum(-2)
             else:
@@ -116,18 +121,18 @@ class _VoxelFactor(torch.autograd.Function):
         scores, log_prior, scan, observed, *arguments = ctx.saved_tensors
         intensity, chunk, expected = ctx.settings
         wanted = [a is not None and a.requires_grad for a in arguments]
-        grad_scores = torch.empty_like(scores) if ctx.needs_input_grad[0] else None
+        grad_scores = torch.zeros_like(scores) if ctx.needs_input_grad[0] else None
         grad_theta = [torch.zeros_like(a) if want else None for a, want in zip(arguments, wanted, strict=True)]
         scale = grad_output[..., None, None]
         batch = scan.shape[0]
-        for voxels in _chunks(scores.shape[-1], chunk):
-            a = scores[..., voxels].to(grad_output.dtype) + log_prior[:, voxels]
-            seen = observed[..., voxels]
+        for voxels in _chunks(observed, chunk):
+            a = take(scores, voxels).to(grad_output.dtype) + take(log_prior, voxels)
+            seen = take(observed, voxels)
             leaves = [
                 None if x is None else x.detach().requires_grad_(w) for x, w in zip(arguments, wanted, strict=True)
             ]
             with torch.set_grad_enabled(any(wanted)):
-                ell = intensity.label_log_prob(scan[..., voxels], seen, _theta_of(tuple(leaves), voxels))
+                ell = intensity.label_log_prob(take(scan, voxels), seen, _theta_of(tuple(leaves), voxels))
             f = a.softmax(-2)
             ell_value = ell.detach()
             if expected:
@@ -138,7 +143,7 @@ class _VoxelFactor(torch.autograd.Function):
                 grad_a = grad_ell - f
             weight = torch.where(seen.any(-2).unsqueeze(-2), scale, 0.0)
             if grad_scores is not None:
-                grad_scores[..., voxels] = (grad_a * weight).to(scores.dtype)
+                put(grad_scores, voxels, (grad_a * weight).to(scores.dtype))
             if any(wanted):
                 outer = (grad_ell * weight).reshape(-1, batch, *ell.shape[1:]).sum(0)
                 targets = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]

@@ -54,6 +54,11 @@ class ShapePrior(nn.Module):
         """Shape of the prior's grid."""
         return tuple(self.log_location_prior.shape[1:])
 
+    @property
+    def at_once(self) -> int:
+        """How many z are decoded together quickest: more than two leave the cache where the grid is large."""
+        return 8 if self.log_location_prior.numel() < 2**22 else 2
+
     def prior(self) -> dist.Distribution:
         """p(z) of one scan: N(0, I) with event shape (D,)."""
         zero = self.log_location_prior.new_zeros(self.latent_dim)
@@ -61,9 +66,21 @@ class ShapePrior(nn.Module):
 
     def label_scores(self, z: Tensor, lattice: Lattice | None = None) -> Tensor:
         """Decoder output, (..., M, *grid), or on the lattice's voxels alone."""
-        code = self.latent_loc + z @ self.latent_scale_tril.T
+        code = self._code(z)
         scores: Tensor = self.decoder(code) if lattice is None else self.decoder(code, lattice)
         return scores
+
+    def coarse_scores(self, z: Tensor) -> Tensor:
+        """The scores that the decoder interpolates to the grid, (..., M, *coarse grid).
+
+        Of a decoder without a method `coarse`: those on the grid.
+        """
+        scores: Tensor = getattr(self.decoder, "coarse", self.decoder)(self._code(z))
+        return scores
+
+    def _code(self, z: Tensor) -> Tensor:
+        """z in the decoder's own coordinates."""
+        return self.latent_loc + z @ self.latent_scale_tril.T
 
     def calibrate(self, loc: Tensor, covariance: Tensor) -> None:
         """Let z = 0 be `loc` (D,) and z ~ N(0, I) have `covariance` (D, D) in the decoder's own coordinates."""

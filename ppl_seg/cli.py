@@ -11,24 +11,30 @@ import typer
 from ppl_seg import __version__
 from ppl_seg.cli_options import (
     Align,
+    Brain,
+    ChannelAlign,
     Channels,
     Device,
     DeviceOption,
     Force,
     Guide,
+    Head,
     Intensity,
     LikelihoodPower,
     Mask,
     Objective,
+    Participants,
     Precision,
     PrecisionOption,
     Readout,
     Resume,
     Scans,
     Seed,
+    Sessions,
     Steps,
     Suffix,
     Threads,
+    Trust,
     Verbose,
 )
 from ppl_seg.cli_support import NOTHING_DONE, fail, guarded, say, show_summary, show_table, watched
@@ -96,6 +102,8 @@ def prior(
     latent_dim: Annotated[int | None, typer.Option(min=1, metavar="N", help="Dimensions of the latent shape.")] = None,
     guide: Annotated[str, typer.Option(metavar="NAME", help="mean-field, low-rank.")] = "mean-field",
     objective: Annotated[str, typer.Option(metavar="marginal|trace", help="KL analytic or sampled.")] = ("marginal"),
+    participant_label: Participants = None,
+    session_label: Sessions = None,
     steps: Steps = None,
     seed: Seed = 0,
     device: DeviceOption = Device.auto,
@@ -119,6 +127,8 @@ def prior(
         latent_dim=latent_dim,
         guide=guide,
         objective=objective,
+        participants=_labels(participant_label),
+        sessions=_labels(session_label),
         steps=steps,
         seed=seed,
         device=device.value,
@@ -139,6 +149,8 @@ def fit(
     suffix: Suffix = None,
     mask: Mask = "auto",
     channels: Channels = None,
+    participant_label: Participants = None,
+    session_label: Sessions = None,
     recipe: Annotated[
         str, typer.Option(metavar="NAME", help="default, or notes: the journal club notes' own model.")
     ] = "default",
@@ -147,12 +159,16 @@ def fit(
     intensity: Annotated[Intensity | None, typer.Option(help="Intensity parameters of each scan, or of all.")] = None,
     likelihood_power: LikelihoodPower = None,
     align: Align = None,
+    channel_align: ChannelAlign = "rigid",
+    brain: Brain = False,
+    head: Head = False,
     steps: Steps = None,
     seed: Seed = 0,
     device: DeviceOption = Device.auto,
     precision: PrecisionOption = Precision.float32,
     threads: Threads = None,
     resume: Resume = False,
+    trust: Trust = None,
     force: Force = False,
     verbose: Verbose = False,
 ) -> None:
@@ -166,17 +182,22 @@ def fit(
         suffix=suffix,
         mask=mask,
         channels=_split(channels),
+        participants=_labels(participant_label),
+        sessions=_labels(session_label),
         recipe=recipe,
         objective=objective,
         guide=guide,
         intensity=intensity and intensity.value,
         likelihood_power=likelihood_power,
         align=align,
+        channel_align=channel_align,
+        view=_view(brain, head),
         steps=steps,
         seed=seed,
         device=device.value,
         precision=precision.value,
         resume=resume,
+        trusted=tuple(trust or ()),
         force=force,
         progress=watched(),
     )
@@ -192,6 +213,8 @@ def segment(
     suffix: Suffix = None,
     mask: Mask = "auto",
     channels: Channels = None,
+    participant_label: Participants = None,
+    session_label: Sessions = None,
     draws: Annotated[int, typer.Option(min=1, metavar="N", help="Draws behind volumes and intervals.")] = 200,
     refine: Annotated[
         int | None, typer.Option(min=0, metavar="STEPS", help="Steps on each scan; 0: the encoder's word.")
@@ -206,9 +229,13 @@ def segment(
     guide: Guide = None,
     likelihood_power: LikelihoodPower = None,
     align: Align = None,
+    channel_align: ChannelAlign = "rigid",
+    brain: Brain = False,
+    head: Head = False,
     seed: Seed = 0,
     device: DeviceOption = Device.auto,
     threads: Threads = None,
+    trust: Trust = None,
     force: Force = False,
     verbose: Verbose = False,
 ) -> int:
@@ -222,6 +249,8 @@ def segment(
         suffix=suffix,
         mask=mask,
         channels=_split(channels),
+        participants=_labels(participant_label),
+        sessions=_labels(session_label),
         draws=draws,
         refine=refine,
         probabilities=probabilities,
@@ -231,8 +260,11 @@ def segment(
         guide=guide,
         likelihood_power=likelihood_power,
         align=align,
+        channel_align=channel_align,
+        view=_view(brain, head),
         seed=seed,
         device=device.value,
+        trusted=tuple(trust or ()),
         force=force,
         progress=watched(),
     )
@@ -240,7 +272,9 @@ def segment(
         if row["status"] == "failed":
             scan, message = str(row["scan"]), str(row["message"])
             say(message if scan in message else f"{scan}: {message}")
-    show_table(("scan", "status", "seconds", "message"), report.rows, numbers=("seconds",))
+    rows = [{**row, "quality": row["quality"] and f"{row['quality']:.2f}"} for row in report.rows]
+    show_table(("scan", "status", "seconds", "quality", "message"), rows, numbers=("seconds", "quality"))
+    say(report.summary)
     return int(report.exit_code)
 
 
@@ -283,9 +317,21 @@ def demo(
     demonstration.run(out, seed=seed)
 
 
+def _view(brain: bool, head: bool) -> str | None:
+    """What --brain and --head say of the scans."""
+    if brain and head:
+        fail("--brain and --head: give one of them", NOTHING_DONE)
+    return "brain" if brain else "head" if head else None
+
+
 def _split(channels: str | None) -> tuple[str, ...]:
     """`T1w,FLAIR` as a tuple."""
     names = tuple(name.strip() for name in channels.split(",")) if channels is not None else ()
     if "" in names or len(set(names)) < len(names):
         fail(f"--channels {channels}: expected different suffixes such as T1w,FLAIR", NOTHING_DONE)
     return names
+
+
+def _labels(given: list[str] | None) -> tuple[str, ...]:
+    """Labels given one at a time, or several with commas between them."""
+    return tuple(label.strip() for part in given or [] for label in part.split(",") if label.strip())

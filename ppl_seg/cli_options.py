@@ -54,14 +54,30 @@ Resume = Annotated[
 Verbose = Annotated[
     bool, typer.Option("--verbose", help="All warnings, and tracebacks of errors.", rich_help_panel=_COMMON)
 ]
-Align = Annotated[str | None, typer.Option(metavar="none|center", help="How files are brought together.")]
+Align = Annotated[str | None, typer.Option(metavar="none|center|rigid|affine", help="How files are brought together.")]
 Steps = Annotated[int | None, typer.Option(min=1, metavar="N", help="Training steps.")]
 Scans = Annotated[list[str], typer.Argument(metavar="SCAN", help="Scans: files, folders or quoted globs.")]
 Suffix = Annotated[str | None, typer.Option(metavar="S", help="Of several contrasts take this one: T1w, FLAIR, ...")]
+Participants = Annotated[
+    list[str] | None,
+    typer.Option("--participant-label", metavar="LABEL", help="Only these: 01 or sub-01; repeat, or 01,02."),
+]
+Sessions = Annotated[
+    list[str] | None, typer.Option("--session-label", metavar="LABEL", help="Only these: 1 or ses-1; repeat, or 1,2.")
+]
 Mask = Annotated[str, typer.Option(metavar="auto|none|PATH", help="Where scans are observed: auto finds padding.")]
 Channels = Annotated[str | None, typer.Option(metavar="A,B", help="Suffixes of the channels of one scan: T1w,FLAIR.")]
+ChannelAlign = Annotated[
+    str, typer.Option(metavar="rigid|none", help="Channels on other grids: registered to the first, or by header.")
+]
+Brain = Annotated[bool, typer.Option("--brain", help="The scans show brains without heads; default: decided by scan.")]
+Head = Annotated[bool, typer.Option("--head", help="The scans show whole heads.")]
 Objective = Annotated[str | None, typer.Option(metavar="NAME", help="marginal, jensen, trace, enum, iwae.")]
 Guide = Annotated[str | None, typer.Option(metavar="NAME", help="mean-field, low-rank.")]
 LikelihoodPower = Annotated[
     float | None, typer.Option(metavar="B", help="Voxels count so many times; 1: the model as written.")
+]
+Trust = Annotated[
+    list[str] | None,
+    typer.Option("--trust", metavar="MODULE:NAME", help="Code of others that the model may name; repeat for more."),
 ]

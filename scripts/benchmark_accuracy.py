@@ -2,7 +2,7 @@
 
     python scripts/benchmark_accuracy.py --data DIR --set hippocampus --out OUT
 
-DIR/hippocampus holds prior/*_dseg.nii.gz, dev/scans/*_T1w.nii.gz, dev/truth/*_dseg.nii.gz, labels.tsv
+DIR/SET holds prior/*_dseg.nii.gz, dev/scans/*_T1w.nii.gz, dev/truth/*_dseg.nii.gz, labels.tsv
 (index, name) and groups.tsv (index, group). Each stage works in OUT/<stage>; one that is done (done.json) is
 not run again, unless one it builds on was. Results: summary.md, TSV tables and figures in OUT.
 """
@@ -23,7 +23,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import xarray as xr
-from benchmark_report import METHODS, NEAR, Rows, average, best_of, page, summarise
+from benchmark_report import BUDGETS, METHODS, NEAR, Rows, average, best_of, page, summarise
 from scipy import ndimage
 
 from ppl_seg import __version__, load_model
@@ -32,8 +32,8 @@ from ppl_seg.data.cohort import find_label_maps, find_scans
 from ppl_seg.data.images import read_label_map, write_image
 from ppl_seg.data.names import match_files, output_location, parse_name
 from ppl_seg.errors import InputError
+from ppl_seg.files import write_text
 from ppl_seg.results import charts, metrics
-from ppl_seg.results.atomic import write_text
 from ppl_seg.results.diagnostics import Reliability, reliability
 from ppl_seg.results.tables import read_table, write_table
 
@@ -41,6 +41,7 @@ BY_API = {"0": ("recipe", "location"), "a": ("recipe", "location-em")}
 BY_API |= {"e-f": ("readout", "decoder"), "e-r": ("readout", "marginals")}
 REFINED = {"b": (), "c": ("--refine", "0"), "d": ()}  # what `segment` gets beside the model
 STEPS = (0, 10, 20, 40, 80)
+SETS: dict[str, tuple[str, ...]] = {"hippocampus": (), "oasis": ("--spacing", "2")}  # what `prior` gets beside --labels
 Segmented = dict[Path, Path]  # scan -> its label map
 Groups = dict[str, tuple[int, ...]]  # structure -> label values
 
@@ -177,10 +178,10 @@ class Benchmark:
             labels = np.zeros_like(truth.data)  # what a failed scan gets
             if path.is_file():
                 labels = np.asarray(nib.load(path).dataobj).astype(np.int32)
-            scores = metrics.evaluate_pair(labels, truth.data, truth.spacing, self.groups)
+            scores = metrics.evaluate_pair(labels, truth.data, truth.affine, self.groups)
             mean: dict[str, Any] = {name: average([s[name] for s in scores]) for name in ("dice", "hd95_mm", "asd_mm")}
             mean |= {"structure": "mean", "missed": sum(s["missed"] for s in scores)}
-            whole = metrics.evaluate_pair(labels > 0, truth.data > 0, truth.spacing, {"whole": (1,)})
+            whole = metrics.evaluate_pair(labels > 0, truth.data > 0, truth.affine, {"whole": (1,)})
             keys = {"row": row, "scan": case.scan.name, "person": case.person}
             rows += [{**keys, **s} for s in (*scores, mean, *whole)]
         return rows
@@ -218,7 +219,7 @@ class Benchmark:
                 truth = read_label_map(case.truth)
                 for steps in STEPS:
                     result = model.segment(case.scan, refine=steps)
-                    scores = metrics.evaluate_pair(result.label_map, truth.data, truth.spacing, self.groups)
+                    scores = metrics.evaluate_pair(result.label_map, truth.data, truth.affine, self.groups)
                     values = (parse_name(case.scan).stem, steps, average([s["dice"] for s in scores]))
                     bound = f"{bound_of(result):.8g}"
                     rows.append(dict(zip(columns, (*values, bound), strict=True)))
@@ -270,16 +271,14 @@ def read_cases(folder: Path) -> list[Case]:
 
 def open_benchmark(arguments: argparse.Namespace) -> Benchmark:
     """Read what is there, and learn the prior."""
-    if arguments.set == "oasis":
-        raise InputError("--set oasis needs registration to the prior, which a later version brings")
     data, stages = (arguments.data / arguments.set).resolve(), Stages(arguments.out.resolve())
-    cases, groups = read_cases(data), metrics.read_groups(data / "groups.tsv")
+    cases, groups = read_cases(data), label_tables.read_groups(data / "groups.tsv")
     table = label_tables.read_table(data / "labels.tsv")
     known = dict(zip(table.indices.tolist(), table.names, strict=True))
     names = {group: [known[value] for value in values] for group, values in groups.items()}
     steps = (arguments.prior_steps, arguments.fit_steps)
     for_prior, for_fit = ([] if number is None else ["--steps", str(number)] for number in steps)
-    words = ["prior", data / "prior", "--labels", data / "labels.tsv", *for_prior]
+    words = ["prior", data / "prior", "--labels", data / "labels.tsv", *SETS[arguments.set], *for_prior]
     prior = stages.command("prior", words)
     return Benchmark(stages, data / "dev" / "scans", cases, groups, names, prior, for_fit)
 
@@ -311,7 +310,8 @@ def run(arguments: argparse.Namespace) -> None:
         charts.reliability_figure(curves, out / "reliability.png", title)
     errors = {name: curve.expected_calibration_error for name, curve in curves.items()}
     seconds = {name: float(record["seconds"]) for name, record in bench.stages.done.items()}
-    text = page(summary, list(bench.groups), [case.person for case in bench.cases], errors, seconds)
+    persons, most = [case.person for case in bench.cases], BUDGETS[arguments.set]
+    text = page(summary, list(bench.groups), persons, errors, seconds, most)
     write_text(out / "summary.md", text)
     print(text)
 
@@ -319,7 +319,7 @@ def run(arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder that holds the set")
-    parser.add_argument("--set", choices=("hippocampus", "oasis"), required=True)
+    parser.add_argument("--set", choices=tuple(SETS), required=True)
     parser.add_argument("--out", type=Path, required=True)
     choice = [row for row in METHODS if not row.endswith("-jensen")]
     parser.add_argument("--rows", default=",".join(choice), help="default: %(default)s")

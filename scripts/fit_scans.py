@@ -30,8 +30,7 @@ pyro.set_rng_seed(0)
 
 saved = torch.load(args.prior, weights_only=True)
 table, grid = labels.LabelTable.from_dict(saved["table"]), grids.Grid.from_dict(saved["grid"])
-location = saved["prior"]["log_location_prior"].exp()
-prior = networks.build_shape_prior(location, "convolutional", saved["latent"])
+prior = networks.build_shape_prior(saved["prior"]["log_location_prior"].exp(), "convolutional", saved["latent"])
 prior.load_state_dict(saved["prior"])
 recipe = recipes.build_recipe("default", objective=args.elbo, guide=args.guide)
 model = networks.build_segmentation_model(prior, table.class_of_label, 1, recipe)  # freezes the prior
@@ -41,7 +40,8 @@ factor = posterior.factor_of(args.elbo)  # q(s|·) of the bound, which θ is lea
 placed = []
 for own in (loading.load_scan([path]) for path in args.scans):
     normalised = normalise(own.intensities[None], own.observed[None])[0]
-    placed.append(loading.scan_on_grid(normalised, own.observed, own.image, grid, "center")[:2])
+    matrix = grids.center_matrix(own.image.shape, own.image.affine, grid)
+    placed.append(loading.scan_on_grid(normalised, own.observed, matrix, grid.shape))
 scans, observed = (torch.stack(part) for part in zip(*placed, strict=True))  # (n, 1, *grid)
 
 theta, losses = posterior.start_theta(model, scans, observed, recipe), []

@@ -12,7 +12,7 @@ import numpy as np
 import pyro
 import torch
 
-from ppl_seg.data.grids import Grid
+from ppl_seg.data.grids import Grid, center_matrix
 from ppl_seg.data.images import write_image
 from ppl_seg.data.labels import LabelTable
 from ppl_seg.data.loading import load_scan, scan_on_grid
@@ -42,7 +42,8 @@ guide.load_state_dict(saved["guide"])
 
 own = load_scan([args.scan])
 normalised = normalise(own.intensities[None], own.observed[None])[0]
-scan, observed, matrix = scan_on_grid(normalised, own.observed, own.image, grid, "center")
+matrix = center_matrix(own.image.shape, own.image.affine, grid)
+scan, observed = scan_on_grid(normalised, own.observed, matrix, grid.shape)
 scan, observed = scan[None], observed[None]
 with torch.no_grad():
     z = guide.posterior(scan, observed).sample((args.draws,))  # (S, 1, D)

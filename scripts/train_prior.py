@@ -13,7 +13,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 
 from ppl_seg.data.augmentation import deform
-from ppl_seg.data.grids import common_grid
+from ppl_seg.data.grids import center_matrix, common_grid
 from ppl_seg.data.images import read_label_map
 from ppl_seg.data.loading import labels_on_grid
 from ppl_seg.data.tables import table_for
@@ -37,9 +37,10 @@ pyro.set_rng_seed(0)
 random = torch.Generator().manual_seed(0)
 
 images = [read_label_map(path) for path in args.label_maps]
-table, _ = table_for(np.unique(np.concatenate([np.unique(image.data) for image in images])))
+table, parcels, _ = table_for(np.unique(np.concatenate([np.unique(image.data) for image in images])))
 grid = common_grid(images)
-placed = [labels_on_grid(image, table, {}, grid, "center") for image in images]
+matrices = [center_matrix(image.shape, image.affine, grid) for image in images]
+placed = [labels_on_grid(image, table, parcels, m, grid.shape) for image, m in zip(images, matrices, strict=True)]
 labels, observed = (torch.stack(part) for part in zip(*placed, strict=True))  # (n, *grid), (n, 1, *grid)
 
 location = location_prior(labels, observed, len(table))

@@ -26,15 +26,18 @@ from ppl_seg.errors import InputError
 ROOT = Path(__file__).parents[1]
 Run = Callable[..., tuple[int, str, str]]
 TRAINING = {"--seed", "--device", "--precision", "--threads", "--force", "--resume", "--verbose"}
-SCANS = {"--suffix", "--mask", "--channels", "--objective", "--guide", "--likelihood-power", "--align"}
+SELECTION = {"--participant-label", "--session-label"}
+SCANS = SELECTION | {"--suffix", "--mask", "--channels", "--objective", "--guide", "--likelihood-power", "--align"}
+SCANS |= {"--channel-align", "--brain", "--head"}
 OPTIONS = {
     "prior": TRAINING
+    | SELECTION
     | {"--out", "--labels", "--map", "--merge-sides", "--spacing", "--align", "--latent-dim", "--guide"}
     | {"--objective", "--steps"},
-    "fit": TRAINING | SCANS | {"--prior", "--out", "--recipe", "--intensity", "--steps"},
+    "fit": TRAINING | SCANS | {"--trust", "--prior", "--out", "--recipe", "--intensity", "--steps"},
     "segment": (TRAINING - {"--precision", "--resume"})
     | SCANS
-    | {"--model", "--out", "--draws", "--refine", "--probabilities", "--save-draws", "--readout"},
+    | {"--trust", "--model", "--out", "--draws", "--refine", "--probabilities", "--save-draws", "--readout"},
     "evaluate": {"--labels", "--groups", "--out", "--force", "--verbose"},
     "demo": {"--out", "--seed", "--threads", "--verbose"},
 }
@@ -59,7 +62,7 @@ class FakeApi:
     def __init__(self) -> None:
         self.calls: list[tuple[str, Any, dict[str, Any]]] = []
         self.error: BaseException | None = None
-        self.rows = [{"scan": "sub-1[T1w].nii.gz", "status": "ok", "seconds": 1.234, "message": ""}]
+        self.rows = [{"scan": "sub-1[T1w].nii.gz", "status": "ok", "seconds": 1.234, "quality": 0.876, "message": ""}]
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(files: Any, **options: Any) -> Any:
@@ -67,7 +70,7 @@ class FakeApi:
             if self.error is not None:
                 raise self.error
             failed = any(row["status"] == "failed" for row in self.rows)
-            return SimpleNamespace(rows=self.rows, exit_code=int(failed))
+            return SimpleNamespace(rows=self.rows, exit_code=int(failed), summary="results: O")
 
         return call
 
@@ -91,7 +94,8 @@ def test_options_are_the_contracts() -> None:
 def test_prior_passes_everything_on(run: Run, fake: FakeApi, tmp_path: Path) -> None:
     options = (
         "--labels l.tsv --map m.tsv --merge-sides --spacing 2 --align none --latent-dim 8 --guide low-rank "
-        "--objective trace --steps 5 --seed 3 --device cpu --precision bf16 --resume --force"
+        "--objective trace --steps 5 --seed 3 --device cpu --precision bf16 --resume --force "
+        "--participant-label sub-01,02 --participant-label 3 --session-label ses-1"
     )
     code, out, err = run("prior", "a.nii.gz", "b.nii.gz", "--out", tmp_path / "p", *options.split())
     assert (code, out.strip(), err) == (0, str(tmp_path / "p"), "")
@@ -102,7 +106,7 @@ def test_prior_passes_everything_on(run: Run, fake: FakeApi, tmp_path: Path) -> 
             {
                 "out": tmp_path / "p", "labels": Path("l.tsv"), "value_map": Path("m.tsv"),
                 "merge_sides": True, "spacing": 2.0, "align": "none", "latent_dim": 8, "guide": "low-rank",
-                "objective": "trace", "steps": 5, "seed": 3, "device": "cpu", "precision": "bf16",
+                "participants": ("sub-01", "02", "3"), "sessions": ("ses-1",), "objective": "trace", "steps": 5, "seed": 3, "device": "cpu", "precision": "bf16",
                 "resume": True, "force": True, "progress": False,
             },
         )
@@ -112,7 +116,8 @@ def test_prior_passes_everything_on(run: Run, fake: FakeApi, tmp_path: Path) -> 
 def test_fit_passes_everything_on(run: Run, fake: FakeApi) -> None:
     options = (
         "--prior P --out F --suffix T1w --mask none --channels T1w,FLAIR --recipe notes --objective jensen "
-        "--guide low-rank --intensity per-scan --likelihood-power 0.5 --align center --steps 7"
+        "--guide low-rank --intensity per-scan --likelihood-power 0.5 --align center --channel-align none "
+        "--brain --steps 7 --trust a.b:C --trust d:E"
     )
     assert run("fit", "scans", *options.split())[:2] == (0, "F\n")
     assert fake.calls == [
@@ -121,9 +126,10 @@ def test_fit_passes_everything_on(run: Run, fake: FakeApi) -> None:
             ["scans"],
             {
                 "prior": Path("P"), "out": Path("F"), "suffix": "T1w", "mask": "none",
-                "channels": ("T1w", "FLAIR"), "recipe": "notes", "objective": "jensen", "guide": "low-rank",
-                "intensity": "per-scan", "likelihood_power": 0.5, "align": "center", "steps": 7, "seed": 0,
-                "device": "auto", "precision": "32", "resume": False, "force": False, "progress": False,
+                "channels": ("T1w", "FLAIR"), "participants": (), "sessions": (), "recipe": "notes", "objective": "jensen", "guide": "low-rank",
+                "intensity": "per-scan", "likelihood_power": 0.5, "align": "center", "channel_align": "none", "view": "brain", "steps": 7, "seed": 0,
+                "device": "auto", "precision": "32", "trusted": ("a.b:C", "d:E"), "resume": False, "force": False,
+                "progress": False,
             },
         )
     ]  # fmt: skip
@@ -132,7 +138,8 @@ def test_fit_passes_everything_on(run: Run, fake: FakeApi) -> None:
 def test_segment_passes_everything_on(run: Run, fake: FakeApi) -> None:
     options = (
         "--model M --out O --suffix T1w --mask m.nii.gz --draws 50 --refine 0 --probabilities --save-draws "
-        "--readout decoder --objective jensen --guide low-rank --likelihood-power 1 --align none --force"
+        "--readout decoder --objective jensen --guide low-rank --likelihood-power 1 --align none --force "
+        "--session-label 1,2"
     )
     assert run("segment", "a", "b", *options.split())[0] == 0
     assert fake.calls == [
@@ -141,9 +148,10 @@ def test_segment_passes_everything_on(run: Run, fake: FakeApi) -> None:
             ["a", "b"],
             {
                 "model": Path("M"), "out": Path("O"), "suffix": "T1w", "mask": "m.nii.gz", "channels": (),
+                "participants": (), "sessions": ("1", "2"),
                 "draws": 50, "refine": 0, "probabilities": True, "save_draws": True, "readout": "decoder",
                 "objective": "jensen", "guide": "low-rank", "likelihood_power": 1.0, "align": "none",
-                "seed": 0, "device": "auto", "force": True, "progress": False,
+                "channel_align": "rigid", "view": None, "seed": 0, "device": "auto", "trusted": (), "force": True, "progress": False,
             },
         )
     ]  # fmt: skip
@@ -151,12 +159,12 @@ def test_segment_passes_everything_on(run: Run, fake: FakeApi) -> None:
 
 def test_segment_ends_with_one_table(run: Run, fake: FakeApi) -> None:
     long = "b.nii.gz: " + "every word of a long message must be on screen, " * 8
-    fake.rows.append({"scan": "b.nii.gz", "status": "failed", "seconds": 0.5, "message": long})
+    fake.rows.append({"scan": "b.nii.gz", "status": "failed", "seconds": 0.5, "quality": None, "message": long})
     code, out, err = run("segment", "a", "--model", "M", "--out", "O")
     assert code == 1
-    assert "sub-1[T1w].nii.gz" in out and "1.2" in out and "ok" in out
+    assert "sub-1[T1w].nii.gz" in out and "1.2" in out and "0.88" in out and "ok" in out
     assert " ".join(re.sub(r"[│┃]", " ", out).split()).count("must be on") == 8
-    assert err == f"ppl-seg: {long.strip()}\n"
+    assert err == f"ppl-seg: {long.strip()}\nppl-seg: results: O\n"
 
 
 @pytest.mark.parametrize(
@@ -199,7 +207,7 @@ def test_verbose_shows_the_traceback(run: Run, fake: FakeApi) -> None:
         (["prior", "a", "--out", "p", "--threads", "0"], "--threads"),
         (["segment", "a", "--model", "m", "--out", "o", "--draws", "0"], "--draws"),
         (["segment", "a", "--model", "m", "--out", "o", "--refine", "-1"], "--refine"),
-        (["segment", "a", "--model", "m", "--out", "o", "--head"], "No such option: --head"),
+        (["segment", "a", "--model", "m", "--out", "o", "--heads"], "No such option: --heads"),
         (["fit", "a", "--prior", "m", "--out", "o", "--channels", "T1w,"], "--channels T1w,: expected"),
         (["evaluate", "a"], "Missing argument"),
     ],

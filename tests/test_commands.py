@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+from ppl_seg import __version__
 from ppl_seg.cli import main
 
 SHAPE = (16, 18, 12)
@@ -128,8 +131,10 @@ def test_models_are_complete(study: Study) -> None:
 def test_segmentations_are_where_they_belong(study: Study) -> None:
     stem = "sub-01/anat/sub-01_seg-ppl_desc-T1w"
     found = {str(path.relative_to(study.out)) for path in study.out.rglob("*") if path.is_file()}
-    ends = ("dseg.nii.gz", "dseg.json", "entropy.nii.gz", "posterior.nc", "qc.png")
-    shared = {"seg-ppl_dseg.tsv", "volumes.tsv", "volumes_wide.tsv", "dataset_description.json", "README"}
+    ends = ("dseg.nii.gz", "dseg.json", "entropy.nii.gz", "posterior.nc", "qc.png", "align.png")
+    ends += ("from-T1w_to-prior_mode-image_xfm.tfm",)
+    shared = {"seg-ppl_dseg.tsv", "seg-ppl_dseg_lut.txt", "volumes.tsv", "volumes_wide.tsv"}
+    shared |= {"dataset_description.json", "README"}
     expected = shared | {f"{stem}_{end}".replace("01", sub) for end in ends for sub in ("01", "02", "03")}
     assert found == expected | {".bidsignore", "log.txt"}
     image, scan = nib.load(study.out / f"{stem}_dseg.nii.gz"), nib.load(study.scan())
@@ -139,6 +144,33 @@ def test_segmentations_are_where_they_belong(study: Study) -> None:
         rows = list(csv.DictReader(file, delimiter="\t"))
     assert len(rows) == 6 and {row["draws"] for row in rows} == {"8"}
     assert json.loads((study.out / f"{stem}_dseg.json").read_text())["Sources"] == [str(study.scan())]
+
+
+def test_the_log_and_the_sidecars_say_what_was_run(study: Study) -> None:
+    log = (study.out / "log.txt").read_text()
+    about, machine, *scans, summary = log.splitlines()
+    assert f"ppl_seg {__version__}: ppl-seg segment {study.scans} --model" in about
+    assert "'CPUs': " in machine and "'Torch': " in machine and "options {'recipe'" in machine
+    stages = r"\(read \S+, align \S+, infer \S+, readout \S+, write \S+\)"
+    assert all(re.search(rf" ok \S+T1w.nii.gz \S+ s {stages} quality 0\.\d+$", line) for line in scans)
+    assert summary.endswith(f"3 ok; results: {study.out}")
+    sidecar = json.loads((study.out / "sub-01/anat/sub-01_seg-ppl_desc-T1w_dseg.json").read_text())
+    assert sidecar["Command"].startswith("ppl-seg segment") and 0 < sidecar["Quality"] <= 1
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (study.prior, study.fitted)]
+    assert [report["command"].split()[1] for report in reports] == ["prior", "fit"]
+    assert all({"version", "machine", "stages"} <= report.keys() for report in reports)
+    assert not any(platform.node() in text for text in (log, str(sidecar["Machine"]), str(reports)))
+
+
+def test_more_files_need_no_force(study: Study, run: Run, tmp_path: Path) -> None:
+    shutil.copytree(study.out, tmp_path / "out")
+    command = ("segment", study.scans, "--model", study.fitted, "--out", tmp_path / "out", "--draws", 8)
+    assert run(*command, "--probabilities")[0].count("│ ok") == 3
+    assert run(*command, "--probabilities")[0].count("│ skipped") == 3
+    assert run(*command)[0].count("│ skipped") == 3
+    save(tmp_path / "sub-01_T1w.nii.gz", scan_of(ellipsoids(np.random.default_rng(9)), np.random.default_rng(9)))
+    other = ("segment", tmp_path / "sub-01_T1w.nii.gz", *command[2:])
+    assert "made from another scan, model or options" in run(*other, code=2)[1]
 
 
 def test_segment_again_skips(study: Study, run: Run) -> None:
@@ -192,11 +224,14 @@ def test_ctrl_c(study: Study, tmp_path: Path) -> None:
     arguments = ("prior", str(study.maps), "--out", str(tmp_path / "out"), "--steps", "100000", "--threads", "1")
     process = subprocess.Popen([sys.executable, "-m", "ppl_seg", *arguments], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
-    while "label maps" not in process.stderr.readline():
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=30)[1] == "ppl-seg: interrupted\n"
-    assert process.returncode == 130
+    try:
+        while "label maps" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=120)[1] == "ppl-seg: interrupted\n"
+        assert process.returncode == 130
+    finally:
+        process.kill()
 
 
 def test_prior_bad_input(study: Study, ask: Ask, tmp_path: Path) -> None:
@@ -207,12 +242,11 @@ def test_prior_bad_input(study: Study, ask: Ask, tmp_path: Path) -> None:
     assert "needs at least" in ask("prior", one, *out)
     assert "given twice" in ask("prior", one, one, *out)
     assert "give the label map" in ask("prior", *study.scans.iterdir(), *out)
-    for align in ("affine", "rigid", "elastic"):
-        assert f"--align {align}: " in ask("prior", study.maps, *out, "--align", align)
+    assert "--align elastic: " in ask("prior", study.maps, *out, "--align", "elastic")
     assert "--objective enum" in ask("prior", study.maps, *out, "--objective", "enum")
     assert "--guide" in ask("prior", study.maps, *out, "--guide", "nothing")
     assert "--spacing" in ask("prior", study.maps, *out, "--spacing", -1)
-    assert "cannot be read" in ask("prior", study.maps, *out, "--labels", tmp_path / "none.tsv")
+    assert "none.tsv: no such file" in ask("prior", study.maps, *out, "--labels", tmp_path / "none.tsv")
     assert not (tmp_path / "out").exists()
 
 
@@ -235,7 +269,7 @@ def test_fit_bad_input(study: Study, ask: Ask, tmp_path: Path) -> None:
     assert "--recipe" in ask(*fit, "--recipe", "nothing")
     assert "--objective" in ask(*fit, "--objective", "nothing")
     assert "--guide" in ask(*fit, "--guide", "nothing")
-    assert "--align affine: " in ask(*fit, "--align", "affine")
+    assert "--align elastic: " in ask(*fit, "--align", "elastic")
     assert "--likelihood-power" in ask(*fit, "--likelihood-power", -1)
     assert "_FLAIR" in ask(*fit, "--suffix", "FLAIR")
     assert "none.nii.gz" in ask(*fit, "--mask", tmp_path / "none.nii.gz")
@@ -252,7 +286,7 @@ def test_segment_bad_input(study: Study, ask: Ask, tmp_path: Path) -> None:
     truth = study.truth / "sub-01_dseg.nii.gz"
     assert "label map" in ask("segment", truth, "--model", study.fitted, *out)
     assert "config.json" in ask("segment", study.scans, "--model", empty, *out)
-    assert "--align rigid: " in ask(*segment, "--align", "rigid")
+    assert "--align elastic: " in ask(*segment, "--align", "elastic")
     assert "--objective" in ask(*segment, "--objective", "nothing")
     assert "--guide" in ask(*segment, "--guide", "low-rank")
     before = snapshot(study.scans)

@@ -26,8 +26,9 @@ ALLOWED = {
     "__main__": {"cli"},
     "__init__": {"api", "inference"},
     "errors": set(),
+    "files": set(),
 }
-EVERYWHERE = {"errors", "__init__"}
+EVERYWHERE = {"errors", "files", "__init__"}
 FOLDERS = ("models", "guides", "data", "inference", "results")
 MODEL_LIBRARIES = {"torch", "pyro"}
 

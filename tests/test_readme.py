@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import functools
-import glob
 import re
-import runpy
-import shlex
-import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -18,47 +14,19 @@ import typer.main
 
 import ppl_seg
 from ppl_seg.api.prior import FEWEST_MAPS, LATENT_DIM
-from ppl_seg.cli import app, main
+from ppl_seg.cli import app
 from ppl_seg.guides.families import FAMILIES
 from ppl_seg.inference.objectives import OBJECTIVES
 from ppl_seg.inference.recipes import build_recipe
+from tests.documents import NOT_RUN, ROOT, blocks, commands, run_command
 
-ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 SHAPE = (16, 18, 12)
 
-NOT_RUN = {  # a line of a bash block, and where it is tried instead
-    "make demo": "builds an environment and runs for minutes; the demo has tests of its own",
-    "make test": "what runs this very test",
-    "pip install .": "tests/test_packaging.py installs the wheel",
-}
-SMALL = {  # options that cut a command's or a script's work
-    "prior": ["--steps", "3", "--latent-dim", "4"],
-    "fit": ["--steps", "3"],
-    "train_prior.py": ["--steps", "2", "--latent", "4"],
-    "fit_scans.py": ["--epochs", "1"],
-}
-NOT_OURS = {"--extra-index-url"}  # options of other programs
-
-
-class Block(NamedTuple):
-    """A fenced block of code, and the line of the document where it begins."""
-
-    language: str
-    text: str
-    line: int
-
-
-def blocks(document: Path) -> list[Block]:
-    text = document.read_text(encoding="utf-8")
-    fences = re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    return [Block(m[1], m[2], text.count("\n", 0, m.start()) + 2) for m in fences]
-
-
-def commands(block: Block) -> list[str]:
-    lines = [line.split("  #")[0].strip() for line in block.text.splitlines()]
-    return [line for line in lines if line and not line.startswith("#")]
+NOT_OURS = {  # options of other programs
+    "--extra-index-url", "--build-arg", "--rm", "--gpus", "--cleanenv", "--bind", "--nv",
+}  # fmt: skip
 
 
 def ellipsoids(random: np.random.Generator) -> np.ndarray:
@@ -85,21 +53,6 @@ def make_files(folder: Path) -> None:
         save(f"scans/sub-{person:02}_T1w.nii.gz", scan.astype(np.float32))
     (table,) = (block.text for block in blocks(README) if block.language == "tsv")
     (folder / "labels.tsv").write_text(table, encoding="utf-8")
-
-
-def run_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line of a bash block in this process, at smoke size."""
-    words = shlex.split(line)
-    if words[0] == "ppl-seg":
-        with pytest.raises(SystemExit) as stop:
-            main([*words[1:], *SMALL.get(words[1], [])])
-        assert stop.value.code == 0, line
-    elif words[0] == "python":
-        arguments = [path for word in words[2:] for path in sorted(glob.glob(word)) or [word]]
-        monkeypatch.setattr(sys, "argv", [words[1], *arguments, *SMALL.get(Path(words[1]).name, [])])
-        runpy.run_path(str(ROOT / words[1]), run_name="__main__")
-    else:
-        assert line in NOT_RUN, f"{line!r} of the README is neither run here nor listed in NOT_RUN"
 
 
 @pytest.fixture(scope="module")

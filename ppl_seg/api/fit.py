@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,27 +12,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl_seg.api.model import Model, load_model
-from ppl_seg.api.output import claim_model_directory, is_finished, say
-from ppl_seg.data.cohort import find_scans
-from ppl_seg.data.grids import check_alignment
+from ppl_seg.api.load import load_model
+from ppl_seg.api.model import Model
+from ppl_seg.api.output import ASLEEP, begin_training, claim_model_directory, finish_training, is_finished, say
+from ppl_seg.api.resources import available_memory, check_memory, fit_memory, memory_errors
+from ppl_seg.api.trust import trust
+from ppl_seg.data.alignment import check_alignment
+from ppl_seg.data.channels import check_channel_alignment
+from ppl_seg.data.cohort import Found, Selection, check_output_apart, find_scans
+from ppl_seg.data.fields import check_view
 from ppl_seg.data.loading import load_scan
 from ppl_seg.data.masks import masks_of
 from ppl_seg.errors import InputError
+from ppl_seg.files import file_sha256
 from ppl_seg.guides.scans import ScanGuide
-from ppl_seg.inference.checkpoint import remove_checkpoint
 from ppl_seg.inference.networks import build_scan_guide, build_segmentation_model, freeze, mean_theta
 from ppl_seg.inference.objectives import build_objective
 from ppl_seg.inference.posterior import factor_of, start_theta
-from ppl_seg.inference.recipes import Recipe, build_recipe
+from ppl_seg.inference.recipes import Recipe, build_recipe, recipe_for_field
 from ppl_seg.inference.tasks import ScanTask
 from ppl_seg.inference.trainer import TrainingLog, TrainingOptions, fit, resolve_device
+from ppl_seg.inference.training_options import LARGE_GRID
 from ppl_seg.models.intensity import IntensityParameters
 from ppl_seg.models.segmentation import SegmentationModel
 from ppl_seg.results.charts import training_figure
+from ppl_seg.results.provenance import Stopwatch, run_record
 
 FEWEST_SCANS = 2
-ASLEEP = "asleep"  # folder of the first training's checkpoint
+STEPS_OF_LARGE_GRIDS, BATCH_OF_LARGE_GRIDS = 60, 4  # of either training: ten minutes instead of two hours
+WAY_OUT = "free some, use a larger machine, fewer scans, or a prior with larger --spacing"
 
 
 def fit_scans(
@@ -43,16 +51,21 @@ def fit_scans(
     suffix: str | None = None,
     mask: str | Path = "auto",
     channels: Sequence[str] = (),
+    participants: Sequence[str] = (),
+    sessions: Sequence[str] = (),
     recipe: str = "default",
     objective: str | None = None,
     guide: str | None = None,
     intensity: str | None = None,
     likelihood_power: float | None = None,
     align: str | None = None,
+    channel_align: str = "rigid",
+    view: str | None = None,
     steps: int | None = None,
     seed: int = 0,
     device: str = "auto",
     precision: str = "32",
+    trusted: Sequence[str] = (),
     resume: bool = False,
     force: bool = False,
     progress: bool = False,
@@ -63,11 +76,15 @@ def fit_scans(
 
     Args:
         scans: files, folders, globs. prior: a model of `learn_prior`, or its directory. out: model directory to write.
+        participants, sessions: labels of the only ones to take; () takes all.
+        trusted: import paths `package.module:Name` that the prior may name.
+        channel_align: rigid or none, for channels on other grids. view: brain or head; None decides by the scans.
         recipe: by name; objective, guide, intensity, likelihood_power, steps change it.
 
     Raises:
         InputError: bad files or options, too few scans, `out` in use. TrainingError: a bound that is not finite.
     """
+    trust(guide, objective)
     chosen = build_recipe(
         recipe, objective=objective, guide=guide, intensity=intensity, likelihood_power=likelihood_power, steps=steps
     )
@@ -75,18 +92,42 @@ def fit_scans(
         raise InputError(f"--recipe {chosen.name}: has no latent shape to fit; segment with it from the prior")
     if steps is not None:
         chosen = replace(chosen, sleep_steps=min(chosen.sleep_steps, steps))
-    where = resolve_device(device)
-    model = prior if isinstance(prior, Model) else load_model(prior)
+    check_channel_alignment(channel_align)
+    check_view(view)
+    where, watch = resolve_device(device), Stopwatch()
+    model = prior if isinstance(prior, Model) else load_model(prior, trusted)
     if align is not None:
         check_alignment(align)
         model = replace(model, align=align)
     if out is not None and is_finished(out, resume):
-        return load_model(out)
+        return load_model(out, trusted)
+    found = find_scans(scans, suffix, channels, Selection(tuple(participants), tuple(sessions)))
+    check_output_apart(found, out)
     if out is not None:
         claim_model_directory(out, force, resume)
-    model = replace(model, recipe=chosen, channels=max(1, len(channels)))
-    x, observed = load_scans(model, scans, suffix, mask, channels)
+    chosen = recipe_for_field(chosen, model.field_of_view)
+    if steps is None and math.prod(model.grid.shape) > LARGE_GRID:
+        few = STEPS_OF_LARGE_GRIDS
+        chosen = replace(chosen, sleep_steps=few, steps=few, batch_size=BATCH_OF_LARGE_GRIDS)
+    model = replace(model, recipe=chosen, channels=len(found[0].paths))
+    needed = fit_memory(model, chosen, len(found), len(found[0].paths))
+    check_memory("fit", needed, available_memory(where), WAY_OUT)
+    model, x, observed = load_scans(model, found, mask, channel_align, view)
     model = replace(model, channels=x.shape[1])
+    watch.lap("read and align")
+    if out is not None:
+        hashes = [file_sha256(path) for file in found for path in file.paths]
+        begin_training(
+            out,
+            {
+                "prior": model.hash,
+                "recipe": chosen.to_dict(),
+                "mask": mask,
+                "view": model.field_of_view,
+                "scans": hashes,
+            },
+            resume,
+        )
     training: dict[str, Any] = {
         "learning_rate": chosen.learning_rate,
         "seed": seed,
@@ -100,18 +141,20 @@ def fit_scans(
         scan_guide = build_scan_guide(chosen.guide, model.shape_prior.latent_dim, x.shape[1], model.grid.shape)
     if chosen.sleep_steps:
         stage.learn_asleep(scan_guide, theta)
+    watch.lap("sleep")
     theta, log = stage.learn_awake(program, scan_guide, theta)
+    watch.lap("fit")
     freeze(scan_guide.cpu())
     config = {**model.config, "scan_guide": {"options": {}}}
     config["training"] = {**config["training"], "fit": {"scans": len(x), "seed": seed, "steps": chosen.steps}}
     fitted = replace(model, scan_guide=scan_guide, theta=theta.detach().to("cpu"), config=config)
     if out is not None:
         report = {"scans": len(x), "steps": log.steps, "seconds": log.seconds, **log.last_terms()}
+        report |= run_record(str(where)) | {"stages": watch.seconds}
         log_file = Path(out) / "training.csv"
         fitted.save(out, {"training.csv": log_file.read_bytes(), "report.json": json.dumps(report, indent=2)})
-        remove_checkpoint(out)
-        shutil.rmtree(Path(out) / ASLEEP, ignore_errors=True)
         training_figure(log_file, Path(out) / "training.png", "Fit to the scans")
+        finish_training(out)
     return fitted
 
 
@@ -175,30 +218,42 @@ class _Stage:
         folder: str | Path | None,
     ) -> TrainingLog:
         elbo, resume, progress = build_objective(objective), self.resume, self.progress
-        return fit(
-            program,
-            guide,
-            elbo,
-            task,
-            options,
-            directory=folder,
-            resume=resume,
-            keep_checkpoint=True,
-            progress=progress,
-        )
+        scans, channels = self.scans.shape[:2]
+        with memory_errors("fit", fit_memory(self.model, self.recipe, scans, channels), WAY_OUT):
+            return fit(
+                program,
+                guide,
+                elbo,
+                task,
+                options,
+                directory=folder,
+                resume=resume,
+                keep_checkpoint=True,
+                progress=progress,
+            )
 
 
 def load_scans(
-    model: Model, inputs: Sequence[str | Path], suffix: str | None, mask: str | Path, channels: Sequence[str]
-) -> tuple[Tensor, Tensor]:
-    """Scans on the prior's grid: normalised intensities (n, C, *grid) and what is observed."""
-    found = find_scans([str(given) for given in inputs], suffix, channels)
+    model: Model, found: Sequence[Found], mask: str | Path, channel_align: str, view: str | None
+) -> tuple[Model, Tensor, Tensor]:
+    """The model for these scans (`Model.for_scan`), and on its grid normalised intensities (n, C, *grid), observed."""
     if len(found) < FEWEST_SCANS:
         raise InputError(
             f"{found[0].path}: a fit needs at least {FEWEST_SCANS} scans, better tens; found {len(found)}; "
             "for single scans use ppl-seg segment --model with the prior's folder"
         )
-    masks = masks_of([file.path for file in found], mask)
-    placed = [model.place(load_scan(file.paths, own)) for file, own in zip(found, masks, strict=True)]
-    say([f"{len(found)} scans on the prior's grid"])
-    return torch.cat([scan for _, scan, _, _ in placed]), torch.cat([seen for _, _, seen, _ in placed])
+    masks = masks_of(found, mask)
+    fitting, placed, shown = model, [], ""
+    for file, own_mask in zip(found, masks, strict=True):
+        own = load_scan(file.paths, own_mask, channel_align)
+        say(own.image.warnings)
+        chosen, seen_as = model.for_scan(own, view)
+        if shown and seen_as != shown:
+            raise InputError(
+                f"{file.path}: a {seen_as}, while {found[0].path} is a {shown}; fit scans of one kind, or say what they "
+                "are with --brain or --head"
+            )
+        fitting, shown = (chosen, seen_as) if not shown else (fitting, shown)
+        placed.append(fitting.place(own, view=shown))
+    say([f"{len(found)} scans on the prior's grid: {shown}s"])
+    return fitting, torch.cat([scan for _, scan, _, _ in placed]), torch.cat([seen for _, _, seen, _ in placed])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from ppl_seg import __version__
-from ppl_seg.data.grids import Grid, check_alignment
+from ppl_seg.api.output import say
+from ppl_seg.data.alignment import Alignment, Atlas, align_scan, check_alignment
+from ppl_seg.data.fields import brain_labels, check_view, field_of_scan
+from ppl_seg.data.grids import Grid
 from ppl_seg.data.images import read_label_map
 from ppl_seg.data.labels import LabelTable
 from ppl_seg.data.loading import OwnScan, labels_on_grid, load_scan, scan_on_grid
@@ -24,25 +27,21 @@ from ppl_seg.guides.label_maps import LabelMapGuide
 from ppl_seg.guides.scans import ScanGuide
 from ppl_seg.inference.expectation import update_theta
 from ppl_seg.inference.networks import (
-    build_label_map_guide,
-    build_scan_guide,
     build_segmentation_model,
-    build_shape_prior,
     freeze,
-    take_prefix,
-    theta_from,
     theta_tensors,
     with_prefix,
 )
 from ppl_seg.inference.posterior import Posterior, best_start, factor_of, infer, start_theta
-from ppl_seg.inference.recipes import Recipe, build_recipe, changed_recipe
-from ppl_seg.inference.store import load_model_files, save_model, tensor_bytes
+from ppl_seg.inference.recipes import Recipe, build_recipe, changed_recipe, recipe_for_field
+from ppl_seg.inference.store import save_model, tensor_bytes
 from ppl_seg.inference.trainer import resolve_device
 from ppl_seg.inference.training_options import derived_seed
 from ppl_seg.models.intensity import IntensityParameters
 from ppl_seg.models.normalisation import normalise
 from ppl_seg.models.segmentation import SegmentationModel
 from ppl_seg.models.shape_prior import ShapePrior
+from ppl_seg.results.provenance import Stopwatch
 from ppl_seg.results.readout import read_out
 from ppl_seg.results.segmentation import Segmentation
 from ppl_seg.results.volumes import border_flags, label_quality
@@ -56,6 +55,7 @@ class Model:
 
     Attributes:
         table: the label table. grid, align: the prior's grid, and how images are brought onto it.
+        field_of_view: of the label maps: brain, head or crop (see `data.fields`).
         shape_prior, label_guide: p(z) p(s|z) and q(z|s), frozen. codes: q(z|s) means of the prior's label maps, (n, D).
         config: names and options of the networks, as in config.json.
         recipe: of stage 2. channels: C.
@@ -73,6 +73,7 @@ class Model:
     channels: int = 1
     scan_guide: ScanGuide | None = None
     theta: IntensityParameters | None = None
+    field_of_view: str = "crop"
 
     def save(self, directory: str | Path, files: dict[str, bytes | str] | None = None) -> None:
         """Write a model directory (config.json, weights.safetensors and `files`)."""
@@ -86,6 +87,7 @@ class Model:
             "labels": self.table.to_dict(),
             "grid": self.grid.to_dict(),
             "align": self.align,
+            "field": self.field_of_view,
             "channels": self.channels,
             "recipe": self.recipe.to_dict(),
         }
@@ -108,16 +110,66 @@ class Model:
         freeze(model)
         return model
 
-    def place(self, own: OwnScan, align: str | None = None) -> tuple[Tensor, Tensor, Tensor, np.ndarray]:
-        """A scan normalised in its own voxels (C, X, Y, Z), on the grid (1, C, *grid), observed there, the matrix."""
+    def atlas(self) -> Atlas:
+        """What scans are registered to: p_loc as the commonest intensity class, and the probability of brain."""
+        location = self.shape_prior.log_location_prior.detach().exp().cpu()
+        classes = torch.zeros(max(self.table.class_of_label) + 1, *location.shape[1:])
+        classes.index_add_(0, torch.tensor(self.table.class_of_label), location)
+        brain = location[torch.from_numpy(brain_labels(self.table))].sum(0)
+        shape = self.grid.shape
+        return Atlas(
+            self.grid,
+            classes.argmax(0).view(shape).numpy().astype(np.uint8),
+            brain.view(shape).numpy(),
+            self.field_of_view,
+        )
+
+    def for_scan(self, own: OwnScan, view: str | None = None) -> tuple[Model, str]:
+        """This model, or for a brain under a prior of heads its brain alone; and the scan's field of view.
+
+        Args:
+            view: brain, head or crop, where the user knows; None decides by what is observed.
+        """
+        view = view or field_of_scan(own.image, own.observed.any(0).numpy())
+        if view == "brain" and self.field_of_view == "head":
+            return self._brain_alone(), view
+        return self, view
+
+    def _brain_alone(self) -> Model:
+        """The model with all labels outside the brain made background."""
+        outside = torch.from_numpy(~brain_labels(self.table))
+        outside[0] = False
+        prior = copy.deepcopy(self.shape_prior)
+        location = prior.log_location_prior.exp()
+        location[0] += location[outside].sum(0)
+        location[outside] = torch.finfo(location.dtype).tiny
+        prior.log_location_prior.copy_(location.log())
+        return replace(self, shape_prior=prior, field_of_view="brain")
+
+    def place(
+        self, own: OwnScan, align: str | None = None, view: str | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Alignment]:
+        """A scan normalised in its own voxels (C, X, Y, Z), on the grid (1, C, *grid), observed there, where it lies.
+
+        Args:
+            align: in place of the model's. view: the scan's field of view, see `for_scan`.
+
+        Raises:
+            InputError: the scan can't be aligned.
+        """
         normalised = normalise(own.intensities[None], own.observed[None])[0]
-        scan, observed, matrix = scan_on_grid(normalised, own.observed, own.image, self.grid, align or self.align)
+        anywhere = own.observed.any(0).numpy()
+        view = view or field_of_scan(own.image, anywhere)
+        alignment = align_scan(align or self.align, own.image, anywhere, self.atlas(), view)
+        if alignment.overlap is not None:
+            say([f"{own.image.path}: a {view}; {alignment.kind} to the prior, overlap {alignment.overlap:.2f}"])
+        scan, observed = scan_on_grid(normalised, own.observed, alignment.matrix, self.grid.shape)
         if not bool(observed.any()):
             raise InputError(
                 f"{own.image.path}: nothing of the scan lies on the prior's grid; use --align center, or "
                 "give scans of its space"
             )
-        return normalised, scan[None], observed[None], matrix
+        return normalised, scan[None], observed[None], alignment
 
     def segment(
         self,
@@ -131,10 +183,13 @@ class Model:
         guide: str | None = None,
         likelihood_power: float | None = None,
         align: str | None = None,
+        channel_align: str = "rigid",
+        view: str | None = None,
         recipe: str | None = None,
         shape_from: str | Path | None = None,
         keep_probabilities: bool = False,
         keep_draws: bool = False,
+        share: float = 1.0,
         seed: int = 0,
         device: str = "auto",
     ) -> Segmentation:
@@ -147,16 +202,20 @@ class Model:
             mask: auto, none, or a mask's file.
             readout: `marginals` (argmax of the label marginals) or `decoder` (argmax of f).
             objective, guide, likelihood_power, align, recipe: in place of the model's.
+            channel_align: rigid or none, for channels on other grids than the first one's.
+            view: brain or head, where the user knows what the scan shows; None decides.
             shape_from: a label map of this scan whose q(z|s) stands for the inference of z: a ceiling, no segmentation.
             keep_probabilities, keep_draws: keep the label marginals, all drawn segmentations.
+            share: of the read-out's usual working memory; less takes longer.
 
         Raises:
             InputError: a file that can't be read, options that don't fit the model.
         """
-        began = time.monotonic()
+        watch = Stopwatch()
         paths = scan if isinstance(scan, tuple) else (Path(scan),)
         chosen = self.checked_recipe(recipe, objective, guide, readout, likelihood_power)
         check_alignment(align or self.align)
+        check_view(view)
         if draws < 1 or (refine or 0) < 0:
             raise InputError(f"--draws {draws}, --refine {refine}: expected at least 1 draw and 0 steps")
         if len(paths) != self.channels and self.scan_guide is not None:
@@ -165,42 +224,54 @@ class Model:
                 "see --channels"
             )
         where = resolve_device(device)
-        own = load_scan(paths, mask)
-        normalised, on_grid, observed, matrix = self.place(own, align)
+        own = load_scan(paths, mask, channel_align)
+        watch.lap("read")
+        fitting, shown = self.for_scan(own, view)
+        normalised, on_grid, observed, alignment = fitting.place(own, align, shown)
+        watch.lap("align")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derived_seed(seed, 0, Path(paths[0]).name))
-            posterior, model = self._infer(chosen, on_grid.to(where), observed.to(where), refine, shape_from, align)
+            posterior, model = fitting._infer(
+                chosen, on_grid.to(where), observed.to(where), refine, shape_from, alignment
+            )
             bound = {
                 "bound": posterior.bound(model, chosen.objective, on_grid.to(where), observed.to(where)),
                 "kl": float(posterior.kl(model)[0]),
             }
             z = posterior.sample(draws)[:, 0]
+            watch.lap("infer")
+            # outside the mask is background; within it, voxels without a value may be anything
+            region = own.observed.any(0) | ~torch.from_numpy(np.isfinite(own.image.data))
             result = read_out(
                 model,
                 z,
                 posterior.theta,
                 normalised.to(where),
                 own.observed.to(where),
-                matrix,
+                alignment.matrix,
                 chosen.readout,
                 keep_draws,
+                keep_probabilities,
+                region.to(where),
+                share,
             )
         positions = result.labels.cpu().numpy()
-        marginals = result.marginals.cpu().numpy()
-        quality = label_quality(positions, marginals)
+        quality = label_quality(positions, result.confidence.cpu().numpy(), len(self.table))
         label_map = self.table.from_positions(positions)
+        watch.lap("readout")
         return Segmentation(
             image=own.image,
             table=self.table,
             label_map=label_map,
             entropy=result.entropy.cpu().numpy().astype(np.float32),
-            probabilities=marginals if keep_probabilities else None,
+            probabilities=None if result.marginals is None else result.marginals.cpu().numpy(),
             draws=None if result.draws is None else self.table.from_positions(result.draws.cpu().numpy()),
             volume_draws=result.counts.cpu().numpy() * own.image.voxel_volume,
             touches_border=border_flags(label_map, self.table),
             z_draws=z.cpu().numpy(),
             observed_scan=on_grid[0].numpy(),
             observed=observed[0].numpy(),
+            alignment=alignment,
             sample_stats={"log_evidence": result.log_likelihood.cpu().numpy()},
             bound=bound,
             provenance={
@@ -209,8 +280,19 @@ class Model:
                 "version": __version__,
                 "model_hash": self.hash,
                 "seed": seed,
-                "options": self.options(chosen, draws=draws, refine=refine, mask=mask, align=align, seed=seed),
-                "seconds": time.monotonic() - began,
+                "options": self.options(
+                    chosen,
+                    draws=draws,
+                    refine=refine,
+                    mask=mask,
+                    align=align,
+                    channel_align=channel_align,
+                    view=view,
+                    seed=seed,
+                ),
+                "seconds": watch.seconds,
+                "device": str(where),
+                "field": self.field_of_view,
                 "quality": dict(zip(self.table.names, (float(q) for q in quality), strict=True)),
             },
         )
@@ -231,7 +313,8 @@ class Model:
                 f"--guide {guide}: the model was fitted with {self.recipe.guide}; fit again, or segment from the prior"
             )
         changes = {"objective": objective, "guide": guide, "readout": readout, "likelihood_power": likelihood_power}
-        return changed_recipe(self.recipe, recipe, **changes)
+        chosen = changed_recipe(self.recipe, recipe, **changes)
+        return chosen if self.scan_guide is not None else recipe_for_field(chosen, self.field_of_view)
 
     def options(self, recipe: Recipe, **others: Any) -> dict[str, Any]:
         """What decides on a result besides the scan and the model: for provenance, and to skip what is done."""
@@ -245,7 +328,7 @@ class Model:
         observed: Tensor,
         refine: int | None,
         shape_from: str | Path | None,
-        align: str | None,
+        alignment: Alignment,
     ) -> tuple[Posterior, SegmentationModel]:
         """q(z) and θ of one scan on the grid."""
         device = scan.device
@@ -260,7 +343,7 @@ class Model:
         else:
             theta = start_theta(model, scan, observed, recipe, maps)
         if shape_from is not None:
-            return self._encoded(recipe, model, scan, observed, theta, shape_from, align), model
+            return self._encoded(recipe, model, scan, observed, theta, shape_from, alignment), model
         if fitted and self.scan_guide is not None:
             guide = self.scan_guide.to(device)
             with torch.no_grad():
@@ -287,11 +370,11 @@ class Model:
         observed: Tensor,
         theta: IntensityParameters,
         truth: str | Path,
-        align: str | None,
+        alignment: Alignment,
     ) -> Posterior:
         """z from q(z|s) of a label map in place of inference; θ by EM at its draws."""
         image = read_label_map(truth)
-        labels, inside = labels_on_grid(image, self.table, {}, self.grid, align or self.align)
+        labels, inside = labels_on_grid(image, self.table, {}, alignment.matrix, self.grid.shape)
         guide = self.label_guide.to(scan.device)
         with torch.no_grad():
             q = guide.posterior(labels[None].to(scan.device), inside[None].to(scan.device))
@@ -302,46 +385,3 @@ class Model:
                 model, z, scan, observed, posterior.theta, factor_of(recipe.objective), recipe.pseudo
             )
         return posterior
-
-
-def load_model(directory: str | Path) -> Model:
-    """Read a model directory; every file is verified, nothing is unpickled. InputError names what does not fit."""
-    config, tensors = load_model_files(directory)
-    try:
-        shape, labels = config["shape_prior"], config["label_guide"]
-        table = LabelTable.from_dict(config["labels"])
-        grid, recipe = Grid.from_dict(config["grid"]), Recipe.from_dict(config["recipe"])
-        location = tensors["shape_prior.log_location_prior"].exp()
-        prior = build_shape_prior(location, shape["decoder"], shape["latent_dim"], **shape["options"])
-        prior.load_state_dict(take_prefix(tensors, "shape_prior"))
-        label_guide = build_label_map_guide(
-            labels["family"], prior.latent_dim, len(table), prior.grid, **labels["options"]
-        )
-        label_guide.load_state_dict(take_prefix(tensors, "label_guide"))
-        label_guide.follow(prior)
-        scan_guide = None
-        if config["kind"] == "fit":
-            options = config["scan_guide"]["options"]
-            scan_guide = build_scan_guide(recipe.guide, prior.latent_dim, config["channels"], prior.grid, **options)
-            scan_guide.load_state_dict(take_prefix(tensors, "scan_guide"))
-            freeze(scan_guide)
-        freeze(prior)
-        freeze(label_guide)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"{Path(directory) / 'config.json'}: does not describe a model of this version ({error}); learn it again"
-        ) from error
-    kept = {"kind", "version", "labels", "grid", "align", "channels", "recipe"}
-    return Model(
-        table=table,
-        grid=grid,
-        align=config["align"],
-        shape_prior=prior,
-        label_guide=label_guide,
-        codes=tensors["codes"],
-        config={key: value for key, value in config.items() if key not in kept},
-        recipe=recipe,
-        channels=config["channels"],
-        scan_guide=scan_guide,
-        theta=theta_from(take_prefix(tensors, "theta")),
-    )

@@ -1,14 +1,21 @@
-"""Where results go: folders claimed before work, messages to the user."""
+"""Where results go: model folders claimed before work, begun, finished; messages to the user."""
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ppl_seg.errors import InputError
+from ppl_seg.files import remove, remove_temporaries, write_text
+from ppl_seg.inference.checkpoint import remove_checkpoint
 
 LOGGER = logging.getLogger("ppl_seg")
+ASLEEP = "asleep"  # folder of the checkpoint of a fit's first training
+BEGUN = "begun.json"  # what the training in progress is of
 
 
 def say(messages: Sequence[str]) -> None:
@@ -18,12 +25,13 @@ def say(messages: Sequence[str]) -> None:
 
 
 def is_finished(directory: str | Path | None, resume: bool) -> bool:
-    """Whether --resume finds a finished model, with nothing left to do."""
+    """Whether --resume finds a finished model, with nothing left to do but to tidy up."""
     if directory is None or not resume:
         return False
     folder = Path(directory)
     finished = (folder / "config.json").is_file() and not (folder / "checkpoint.json").exists()
     if finished:
+        finish_training(folder)
         say([f"{folder}: finished already; nothing to resume"])
     return finished
 
@@ -43,3 +51,38 @@ def claim_model_directory(directory: str | Path, force: bool, resume: bool) -> N
         raise InputError(f"{folder}: holds a model already; give another --out, or --force to replace it")
     if (folder / "checkpoint.json").exists():
         raise InputError(f"{folder}: holds an interrupted training; go on with --resume, or start again with --force")
+
+
+def begin_training(directory: str | Path, identity: Mapping[str, Any], resume: bool) -> None:
+    """The training begins: a model that is to be replaced goes, and what this training is of is written down.
+
+    Args:
+        identity: inputs and options that a resumed training must share with the interrupted one.
+
+    Raises:
+        InputError: the interrupted training was of something else, or the folder cannot be written.
+    """
+    folder, mine = Path(directory), json.loads(json.dumps(identity, default=str))
+    remove_temporaries(folder)
+    if not resume:
+        remove(folder / "config.json")  # with --force; else nothing is there
+    elif (folder / BEGUN).is_file():
+        try:
+            theirs = dict(json.loads((folder / BEGUN).read_text(encoding="utf-8")))
+        except (OSError, TypeError, ValueError) as error:
+            raise InputError(f"{folder / BEGUN}: cannot be read; train again with --force") from error
+        if changed := [name for name in mine if mine[name] != theirs.get(name)]:
+            raise InputError(
+                f"{folder}: the interrupted training had another {', '.join(changed)}; give the same inputs and "
+                "options, or start again with --force"
+            )
+    write_text(folder / BEGUN, json.dumps(mine) + "\n")
+
+
+def finish_training(directory: str | Path) -> None:
+    """The model and its figures are written: remove what served the training."""
+    folder = Path(directory)
+    remove_checkpoint(folder)  # from here on it is finished
+    shutil.rmtree(folder / ASLEEP, ignore_errors=True)
+    remove(folder / BEGUN)
+    remove_temporaries(folder)

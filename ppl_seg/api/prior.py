@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,44 +14,65 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_seg.api.model import Model, load_model
-from ppl_seg.api.output import claim_model_directory, is_finished, say
+from ppl_seg.api.load import load_model
+from ppl_seg.api.model import Model
+from ppl_seg.api.output import begin_training, claim_model_directory, finish_training, is_finished, say
+from ppl_seg.api.trust import trust
+from ppl_seg.data.alignment import check_alignment
 from ppl_seg.data.augmentation import deform
-from ppl_seg.data.cohort import find_label_maps
-from ppl_seg.data.grids import Grid, check_alignment, common_grid, default_align
-from ppl_seg.data.images import Image, read_label_map
-from ppl_seg.data.labels import LabelTable, apply_map, merge_sides
-from ppl_seg.data.loading import labels_on_grid
+from ppl_seg.data.cohort import Found, Selection, check_output_apart, find_label_maps
+from ppl_seg.data.fields import brain_labels, field_of_maps
+from ppl_seg.data.grids import Grid, alignment_matrix, common_grid, default_align, default_spacing
+from ppl_seg.data.groupwise import align_maps, code_map
+from ppl_seg.data.images import Image, describe_spacings, read_label_map
+from ppl_seg.data.labels import LabelTable, apply_map, composed, merge_sides
+from ppl_seg.data.loading import label_positions, labels_on_grid
 from ppl_seg.data.names import parse_name
 from ppl_seg.data.tables import read_value_map, table_for
 from ppl_seg.errors import InputError
+from ppl_seg.files import file_sha256
 from ppl_seg.guides.families import FAMILIES
 from ppl_seg.inference.calibration import calibrate_prior
-from ppl_seg.inference.checkpoint import remove_checkpoint
 from ppl_seg.inference.networks import build_label_map_guide, build_shape_prior, freeze
 from ppl_seg.inference.objectives import build_objective
 from ppl_seg.inference.report import prior_report
 from ppl_seg.inference.tasks import LabelMapTask
 from ppl_seg.inference.trainer import TrainingOptions, fit, resolve_device
+from ppl_seg.inference.training_options import LARGE_GRID
 from ppl_seg.models.shape_prior import ShapeModel, location_prior
+from ppl_seg.results.provenance import Stopwatch, run_record
 
 FEWEST_MAPS = 3
 HELD_OUT_SHARE = 0.1
-BATCH_SIZE = 8
-STEPS = 4000
 LEARNING_RATE = 1.5e-3
 CLIP_NORM = 0.01  # of the bound per voxel; a looser one let a spike collapse q(z|s) to the prior
 LATENT_DIM = 64
-LARGE_GRID = 250_000  # voxels; above, a step's likelihood is taken on every other voxel along each axis
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Steps, label maps a step, and the stride of the lattice on which a step's likelihood is taken."""
+
+    steps: int
+    batch_size: int
+    stride: int
+
+
+SMALL, LARGE = Effort(4000, 8, 1), Effort(1000, 4, 2)  # below and above LARGE_GRID
 
 
 @dataclass(frozen=True)
 class LabelMaps:
-    """Label maps on one grid. labels: (n, *grid) positions. observed: (n, 1, *grid). persons: who each belongs to."""
+    """Label maps on one grid.
+
+    field_of_view: brain, head or crop. labels: (n, *grid) positions. observed: (n, 1, *grid). persons: who each belongs
+    to.
+    """
 
     table: LabelTable
     grid: Grid
     align: str
+    field_of_view: str
     labels: Tensor
     observed: Tensor
     persons: list[str]
@@ -69,6 +90,8 @@ def learn_prior(
     latent_dim: int | None = None,
     guide: str = "mean-field",
     objective: str = "marginal",
+    participants: Sequence[str] = (),
+    sessions: Sequence[str] = (),
     steps: int | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -82,8 +105,9 @@ def learn_prior(
     Args:
         label_maps: files, folders, globs. out: model directory to write, with a report and figures.
         labels: label table. value_map: TSV from, to, applied first. merge_sides: left and right become one.
-        spacing: of the prior's grid, mm. align: none or center. latent_dim: D.
+        spacing: of the prior's grid, mm. align: none, center, rigid or affine. latent_dim: D.
         guide: family of q(z|s). objective: marginal or trace. steps: of training.
+        participants, sessions: labels of the only ones to take; () takes all.
         resume: go on from the checkpoint in `out`. force: replace what is in `out`.
 
     Raises:
@@ -91,27 +115,36 @@ def learn_prior(
     """
     if objective not in ("marginal", "trace"):
         raise InputError(f"--objective {objective}: a prior is learned with marginal or trace")
+    trust(guide)
     if guide not in FAMILIES:
         raise InputError(f"--guide {guide}: unknown; choose one of {', '.join(sorted(FAMILIES))}")
     if latent_dim is not None and latent_dim < 1:
         raise InputError(f"--latent-dim {latent_dim}: expected at least 1")
     options = TrainingOptions(
-        steps=STEPS if steps is None else steps,
+        steps=SMALL.steps if steps is None else steps,
         learning_rate=LEARNING_RATE,
         warmup_steps=100,
         clip_norm=CLIP_NORM,
         seed=seed,
         device=device,
         precision=precision,
-        eval_every=max(1, (STEPS if steps is None else steps) // 20),
         patience=8,
     )
     where = resolve_device(device)
     if out is not None and is_finished(out, resume):
         return load_model(out)
+    found = find_label_maps(label_maps, Selection(tuple(participants), tuple(sessions)))
+    check_output_apart(found, out)
     if out is not None:
         claim_model_directory(out, force, resume)
-    maps = load_label_maps(label_maps, labels, value_map, merge_sides, spacing, align)
+    watch = Stopwatch()
+    maps = load_label_maps(found, labels, value_map, merge_sides, spacing, align)
+    watch.lap("read and align")
+    if out is not None:
+        identity: dict[str, Any] = {"label table": maps.table.to_dict(), "grid": maps.grid.to_dict()}
+        identity |= {"alignment": maps.align, "latent dimension": latent_dim, "guide": guide, "objective": objective}
+        hashes = [file_sha256(path) for file in found for path in file.paths]
+        begin_training(out, identity | {"label maps": hashes}, resume)
     held_out = held_out_persons(maps.persons)
     kept = ~held_out
     num_labels = len(maps.table)
@@ -122,8 +155,11 @@ def learn_prior(
         shape_prior = build_shape_prior(location, "convolutional", dim)
         label_guide = build_label_map_guide(guide, dim, num_labels, maps.grid.shape)
     augment = partial(deform, spacing=min(maps.grid.spacing))
-    stride = 2 if math.prod(maps.grid.shape) > LARGE_GRID else 1
-    task = LabelMapTask(maps.labels.to(where), maps.observed.to(where), held_out, BATCH_SIZE, augment, stride)
+    effort = LARGE if math.prod(maps.grid.shape) > LARGE_GRID else SMALL
+    options = replace(options, steps=effort.steps if steps is None else steps)
+    options = replace(options, eval_every=max(1, options.steps // 20))
+    labels_there, observed = maps.labels.to(where), maps.observed.to(where)
+    task = LabelMapTask(labels_there, observed, held_out, effort.batch_size, augment, effort.stride)
     log = fit(
         ShapeModel(shape_prior),
         label_guide,
@@ -135,10 +171,12 @@ def learn_prior(
         keep_checkpoint=True,
         progress=progress,
     )
+    watch.lap("train")
     freeze(shape_prior.cpu())
     freeze(label_guide.cpu())
     calibrate_prior(shape_prior, label_guide, maps.labels[kept], maps.observed[kept])
     report = prior_report(shape_prior, label_guide, maps.labels, maps.observed, held_out, maps.table.names, log)
+    report |= run_record(str(where)) | {"stages": watch.seconds}
     with torch.no_grad():
         codes = torch.cat(
             [
@@ -151,19 +189,28 @@ def learn_prior(
         "label_guide": {"family": guide, "options": {}},
         "training": {"prior": {**options.identity(), "objective": objective, "label_maps": len(maps.labels)}},
     }
-    model = Model(maps.table, maps.grid, maps.align, shape_prior, label_guide, codes, config)
+    model = Model(
+        maps.table,
+        maps.grid,
+        maps.align,
+        shape_prior,
+        label_guide,
+        codes,
+        config,
+        field_of_view=maps.field_of_view,
+    )
     if out is not None:
         model.save(
             out,
             {"training.csv": (Path(out) / "training.csv").read_bytes(), "report.json": json.dumps(report, indent=2)},
         )
-        remove_checkpoint(out)
         draw_prior(model, Path(out), seed)
+        finish_training(out)
     return model
 
 
 def load_label_maps(
-    inputs: Sequence[str | Path],
+    found: Sequence[Found],
     labels: str | Path | None,
     value_map: str | Path | None,
     merge: bool,
@@ -171,39 +218,48 @@ def load_label_maps(
     align: str | None,
 ) -> LabelMaps:
     """Read label maps, agree on a table and a grid, and bring them there. InputError for what can't be used."""
-    found = find_label_maps([str(given) for given in inputs])
     if len(found) < FEWEST_MAPS:
         raise InputError(
             f"{found[0].path}: a prior needs at least {FEWEST_MAPS} label maps, better tens; found {len(found)}"
         )
     images = [read_label_map(file.path) for file in found]
     mapping = read_value_map(value_map) if value_map is not None else {}
-    table, messages = table_for(occurring_values(images, mapping), labels)
+    table, parcels, messages = table_for(occurring_values(images, mapping), labels)
+    mapping = composed(mapping, parcels)
+    messages += [warning for image in images for warning in image.warnings] + describe_spacings(images)
     if merge:
         table, sides = merge_sides(table)
-        mapping = {
-            **{value: sides.get(to, to) for value, to in mapping.items()},
-            **{a: b for a, b in sides.items() if a not in mapping},
-        }
+        mapping = composed(mapping, sides)
     if len(table) < 2:
         raise InputError(f"{found[0].path}: all label maps are zero; a prior needs at least one structure")
     chosen = align or default_align(images)
-    if align is None and chosen not in ("none", "center"):
-        raise InputError(
-            f"{found[0].path}: fields of view of 80 mm and more need registration, which this version does not "
-            "have; give --align center, or --align none for files that are in one space already"
-        )
     check_alignment(chosen)
-    grid = common_grid(images, spacing, chosen)
+    view, grid, matrices = bring_together(images, table, mapping, chosen, spacing)
     messages.append(
         f"{len(images)} label maps, {len(table) - 1} structures, {len(set(table.class_of_label))} intensity classes; "
-        f"align {chosen}; grid {'x'.join(map(str, grid.shape))} at {grid.spacing[0]:.3g} mm"
+        f"{view}s; align {chosen}; grid {'x'.join(map(str, grid.shape))} at {grid.spacing[0]:.3g} mm"
     )
     say(messages)
-    placed = [labels_on_grid(image, table, mapping, grid, chosen) for image in images]
+    placed = [labels_on_grid(image, table, mapping, m, grid.shape) for image, m in zip(images, matrices, strict=True)]
     positions = torch.stack([p for p, _ in placed]).to(torch.uint8 if len(table) <= 256 else torch.int16)
     persons = [parse_name(file.path).entities.get("sub", str(file.path)) for file in found]
-    return LabelMaps(table, grid, chosen, positions, torch.stack([o for _, o in placed]), persons)
+    return LabelMaps(table, grid, chosen, view, positions, torch.stack([o for _, o in placed]), persons)
+
+
+def bring_together(
+    images: Sequence[Image], table: LabelTable, mapping: dict[int, int], align: str, spacing: float | None
+) -> tuple[str, Grid, list[np.ndarray]]:
+    """The label maps' field of view, their common grid, and of each map the matrix (4, 4), grid voxel → map voxel."""
+    positions = [label_positions(image, table, mapping) for image in images]
+    counts = np.stack([np.bincount(p.ravel(), minlength=len(table)) for p in positions])
+    view = field_of_maps(table, counts, [image.voxel_volume for image in images], default_align(images) == "center")
+    if align == "none" or (align == "center" and view != "brain"):
+        grid = common_grid(images, spacing, align)
+        return view, grid, [alignment_matrix(align, image, grid) for image in images]
+    classes, registered = table.class_of_label, brain_labels(table)
+    coded = [code_map(p, image, classes, registered) for p, image in zip(positions, images, strict=True)]
+    grid, worlds = align_maps(coded, align, spacing, default_spacing(images))
+    return view, grid, [np.linalg.inv(i.affine) @ w @ grid.affine for i, w in zip(images, worlds, strict=True)]
 
 
 def occurring_values(images: Sequence[Image], mapping: dict[int, int]) -> set[int]:

@@ -1,20 +1,21 @@
-"""From what the user typed (files, folders, globs) to sorted lists of label maps and of scans."""
+"""From what the user typed (files, folders, globs) to sorted lists of label maps, scans and masks."""
 
 from __future__ import annotations
 
 import glob
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ppl_seg.data.names import EXTENSIONS, is_scan_name, last_word, parse_name
+from ppl_seg.data.content import is_annexed
+from ppl_seg.data.folders import READABLE, images_in, is_raw_dataset, taken_subject
+from ppl_seg.data.names import freesurfer_subject, is_scan_name, last_word, parse_name, person_of
 from ppl_seg.errors import InputError
 
-_READABLE = tuple(e for e in EXTENSIONS if e != ".img")  # the .hdr of a pair stands for both
-_NEVER_ENTERED = frozenset({"derivatives", "sourcedata", "code"})
+LABEL_VOLUME, SCAN_VOLUME, MASK_VOLUME = "aseg", "orig", "brainmask"  # of FreeSurfer's subjects
+Given = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -29,46 +30,90 @@ class Found:
         """The first channel's file, which lends its grid, mask and name."""
         return self.paths[0]
 
+    @property
+    def contrasts(self) -> tuple[str, ...]:
+        """The channels' suffixes where there are several, for the name of what is made from them."""
+        words = tuple("".join(filter(str.isalnum, last_word(path))) for path in self.paths)
+        return words if len(words) > 1 else ()
 
-def find_label_maps(inputs: Sequence[str | os.PathLike[str]]) -> list[Found]:
+
+@dataclass(frozen=True)
+class Selection:
+    """Participants and sessions to take, with or without `sub-`, `ses-`; none given: all."""
+
+    participants: tuple[str, ...] = ()
+    sessions: tuple[str, ...] = ()
+
+    def of(self, found: Sequence[Found]) -> list[Found]:
+        """Those of `found` that are wanted. InputError for a participant or session that nobody has."""
+        kept = list(found)
+        for what, entity, wanted in (
+            ("participant", "sub", {label.removeprefix("sub-") for label in self.participants}),
+            ("session", "ses", {label.removeprefix("ses-") for label in self.sessions}),
+        ):
+            if not wanted:
+                continue
+            labels = [_label(file.path, entity) for file in kept]
+            if absent := sorted(wanted - set(labels)):
+                there = ", ".join(sorted({label for label in labels if label})) or "none"
+                raise InputError(f"--{what}-label {', '.join(absent)}: no such {what}; there are: {there}")
+            kept = [file for file, label in zip(kept, labels, strict=True) if label in wanted]
+        return kept
+
+
+EVERYBODY = Selection()
+
+
+def find_label_maps(inputs: Sequence[Given], selection: Selection = EVERYBODY) -> list[Found]:
     """Label maps: files as given, `*_dseg` in folders and globs (a glob without any is taken whole). Sorted.
 
-    Raises InputError for what is missing, a folder without label maps, and a file given twice.
+    Of FreeSurfer's subjects mri/aseg.mgz. Raises InputError for what is missing, a folder without label maps, and a
+    file given twice.
     """
 
     def is_label_map(path: Path) -> bool:
-        return last_word(path) == "dseg"
+        return last_word(path) == "dseg" or (freesurfer_subject(path) is not None and not is_scan_name(path))
 
     what = "label maps (*_dseg.nii.gz)"
-    found = [file for given in inputs for file in _expand(str(given), is_label_map, what, names_matter=False)]
-    return _sorted_once(found, "label maps")
+    found = [
+        file
+        for given in inputs
+        for file in _expand(os.fspath(given), is_label_map, what, (LABEL_VOLUME,), names_matter=False)
+    ]
+    return _sorted_once(selection.of(found), "label maps")
 
 
 def find_scans(
-    inputs: Sequence[str | os.PathLike[str]], suffix: str | None = None, channels: Sequence[str] = ()
+    inputs: Sequence[Given],
+    suffix: str | None = None,
+    channels: Sequence[str] = (),
+    selection: Selection = EVERYBODY,
 ) -> list[Found]:
     """Scans: files, folders, globs; `suffix` selects a contrast (`T1w`), `channels` groups several a session.
 
     Label maps, masks and our own outputs are never taken: passed over in folders and globs, an error where
-    named. `a.nii.gz,b.nii.gz` as one argument is one scan of two channels. Sorted by the first channel's
-    path.
+    named. Of FreeSurfer's subjects mri/orig.mgz, or the volumes that suffix or channels name. `a.nii.gz,b.nii.gz` as
+    one argument is one scan of two channels. Sorted by the first channel's path.
 
     Raises InputError for what is missing, a folder without scans, a file given twice, several contrasts where
     neither `suffix` nor `channels` chooses, and for a channel that a session lacks or has twice.
     """
+    if suffix and channels:
+        raise InputError(f"--suffix {suffix} and --channels {','.join(channels)}: give one of the two")
+    wanted = tuple(channels) or ((suffix,) if suffix else ())
     grouped, single = [], []
-    for given in map(str, inputs):
+    for given in (os.fspath(one) for one in inputs):
         if "," in given and not os.path.lexists(given):
             grouped.append(Found(tuple(_named_file(Path(part.strip())) for part in given.split(","))))
         else:
-            single += _expand(given, is_scan_name, "scans", names_matter=True)
-    wanted = tuple(channels) or ((suffix,) if suffix else ())
+            single += _expand(given, is_scan_name, "scans", wanted or (SCAN_VOLUME,), names_matter=True)
     if wanted:
         kept = [file for file in single if last_word(file.path) in wanted]
         if single and not kept:
             there = ", ".join(sorted({last_word(file.path) for file in single}))
             raise InputError(f"no scan ends in {' or '.join('_' + w for w in wanted)}; there are: {there}")
         single = kept
+    single, grouped = _split(selection.of([*single, *grouped]))
     for file in [*single, *grouped]:
         for path in file.paths:
             if not is_scan_name(path):
@@ -78,7 +123,54 @@ def find_scans(
         single = _group_channels(single, channels)
     elif not suffix:
         _check_one_contrast(single)
-    return _sorted_once(single + grouped, "scans")
+    scans = _sorted_once(single + grouped, "scans")
+    for scan in scans:
+        if len(scan.paths) != len(scans[0].paths):
+            raise InputError(
+                f"{scan.path}: {len(scan.paths)} channels, {scans[0].path} has {len(scans[0].paths)}; give all scans "
+                "the same channels"
+            )
+    return scans
+
+
+def find_masks(given: Given) -> list[Found]:
+    """Masks: a file, `*_mask` in a folder or glob (where there are none, all images). InputError for no mask."""
+    given = os.fspath(given)
+    if not Path(given).is_dir():
+        return _expand(given, lambda path: last_word(path) == "mask", "masks", (), names_matter=False)
+    images = images_in(Path(given), (MASK_VOLUME,))
+    named = [path for path in images if last_word(path) in ("mask", MASK_VOLUME)]
+    if not images:
+        raise InputError(f"{given}: no masks (*_mask.nii.gz) in this folder; give one with masks, auto or none")
+    return [Found((path,), Path(given)) for path in named or images]
+
+
+def check_channels(found: Sequence[Found], channels: int) -> None:
+    """Raises InputError where a scan has not as many `channels` as the model."""
+    if other := [scan for scan in found if len(scan.paths) != channels]:
+        raise InputError(
+            f"{other[0].path}: the model was fitted to scans of {channels} channels; found {len(other[0].paths)}; "
+            "see --channels"
+        )
+
+
+def check_output_apart(found: Sequence[Found], out: Given | None) -> None:
+    """Raises InputError where `out` is a folder that inputs were found in: before any work."""
+    if out is None:
+        return
+    place = os.path.realpath(out)
+    for file in found:
+        folders = [path.parent for path in file.paths] + ([file.base] if file.base is not None else [])
+        if place in map(os.path.realpath, folders):
+            raise InputError(f"{os.fspath(out)}: the output folder is a folder of inputs; choose another --out")
+
+
+def _label(path: Path, entity: str) -> str | None:
+    return person_of(path) if entity == "sub" else parse_name(path).entities.get(entity)
+
+
+def _split(found: Sequence[Found]) -> tuple[list[Found], list[Found]]:
+    return [file for file in found if len(file.paths) == 1], [file for file in found if len(file.paths) > 1]
 
 
 def _named_file(path: Path) -> Path:
@@ -87,16 +179,20 @@ def _named_file(path: Path) -> Path:
     return path
 
 
-def _expand(given: str, accept: Callable[[Path], bool], what: str, names_matter: bool) -> list[Found]:
+def _expand(
+    given: str, accept: Callable[[Path], bool], what: str, volumes: Sequence[str], names_matter: bool
+) -> list[Found]:
     """The files that `given` stands for; those with a name that `accept` refuses are passed over.
 
     A glob none of whose matches has such a name is taken whole unless `names_matter`.
     """
     path = Path(given)
     if path.is_dir():
-        found = [Found((file,), path) for file in _walk(path) if accept(file)]
+        found = [Found((file,), path) for file in images_in(path, volumes) if accept(file)]
         if not found:
-            raise InputError(f"{path}: no {what} in this folder; give files, a folder or a quoted glob")
+            derived = is_raw_dataset(path) and (path / "derivatives").is_dir()
+            hint = "its derivatives are not looked at, give their folder" if derived else "give files or a quoted glob"
+            raise InputError(f"{path}: no {what} in this folder; {hint}")
         return found
     if os.path.lexists(path):
         return [Found((path,))]
@@ -104,7 +200,7 @@ def _expand(given: str, accept: Callable[[Path], bool], what: str, names_matter:
         plain = next(i for i, part in enumerate(path.parts) if glob.has_magic(part))
         base = Path(*path.parts[:plain])
         matches = [Path(match) for match in glob.glob(given, recursive=True)]
-        matches = [match for match in matches if match.name.lower().endswith(_READABLE)]
+        matches = [match for match in matches if match.name.lower().endswith(READABLE) and taken_subject(match)]
         taken = [match for match in matches if accept(match)] or ([] if names_matter else matches)
         if not taken:
             raise InputError(f"{given}: no {what} match; give files, a folder or a quoted glob")
@@ -112,35 +208,12 @@ def _expand(given: str, accept: Callable[[Path], bool], what: str, names_matter:
     raise InputError(f"{path}: no such file or folder")
 
 
-def _walk(folder: Path) -> list[Path]:
-    """Images below `folder`, hidden ones aside; of a raw BIDS dataset only those in anat/."""
-    raw = _is_raw_dataset(folder)
-    images = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [f for f in folders if not f.startswith(".") and not (raw and f in _NEVER_ENTERED)]
-        if "mri" in folders and os.path.lexists(Path(parent) / "mri" / "orig.mgz"):
-            raise InputError(f"{folder}: a FreeSurfer tree; give the files, such as '{folder}/*/mri/orig.mgz'")
-        if not raw or Path(parent).name == "anat":
-            images += [Path(parent) / f for f in files if not f.startswith(".") and f.lower().endswith(_READABLE)]
-    return images
-
-
-def _is_raw_dataset(folder: Path) -> bool:
-    try:
-        description = json.loads((folder / "dataset_description.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return False
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / 'dataset_description.json'}: cannot be read ({error})") from error
-    return not (isinstance(description, dict) and description.get("DatasetType") == "derivative")
-
-
 def _sorted_once(found: Sequence[Found], what: str) -> list[Found]:
     if not found:
         raise InputError(f"no {what} given; give files, a folder or a quoted glob")
     seen: dict[str, Path] = {}
     for path in (path for file in found for path in file.paths):
-        real = os.path.realpath(path)
+        real = _identity(path)
         if real in seen:
             same = f" ({seen[real]})" if seen[real] != path else ""
             raise InputError(f"{path}: given twice{same}; name each file once")
@@ -148,8 +221,17 @@ def _sorted_once(found: Sequence[Found], what: str) -> list[Found]:
     return sorted(found, key=lambda file: str(file.path))
 
 
+def _identity(path: Path) -> str:
+    """The file behind links and behind either name of a pair; a git-annex keeps equal files as one, they stay two."""
+    for pair in (".img", ".img.gz"):
+        if path.name.lower().endswith(pair):
+            path = path.with_name(path.name[: -len(pair)] + ".hdr")
+    return os.path.abspath(path) if is_annexed(path) else os.path.realpath(path)
+
+
 def _check_one_contrast(scans: Sequence[Found]) -> None:
-    contrasts = Counter(name.suffix for name in (parse_name(scan.path) for scan in scans) if name.suffix)
+    bids = [scan.path for scan in scans if parse_name(scan.path).suffix or freesurfer_subject(scan.path)]
+    contrasts = Counter(last_word(path) for path in bids)
     if len(contrasts) > 1:
         listed = ", ".join(f"{contrast} ({count})" for contrast, count in sorted(contrasts.items()))
         raise InputError(f"several contrasts among the scans: {listed}; choose one with --suffix")
@@ -159,10 +241,10 @@ def _group_channels(scans: Sequence[Found], channels: Sequence[str]) -> list[Fou
     """One `Found` per subject and session, with a file for each of `channels`."""
     sessions: dict[tuple[str, str | None], dict[str, list[Found]]] = {}
     for scan in scans:
-        entities = parse_name(scan.path).entities
-        if not entities:
+        person = person_of(scan.path)
+        if person is None:
             raise InputError(f"{scan.path}: not a BIDS name, so --channels cannot group it; give a,b as one argument")
-        session = sessions.setdefault((entities["sub"], entities.get("ses")), {})
+        session = sessions.setdefault((person, _label(scan.path, "ses")), {})
         session.setdefault(last_word(scan.path), []).append(scan)
     grouped = []
     for (sub, ses), files in sessions.items():

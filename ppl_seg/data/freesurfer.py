@@ -41,6 +41,20 @@ _CLASS_OF_STEM = {
     "wm-hypointensities": "wm-hypointensities",
     "non-wm-hypointensities": "non-wm-hypointensities",
 }
+# Parcels of the cortex and of the white matter below it (aparc+aseg, aparc.DKTatlas+aseg, aparc.a2009s+aseg,
+# wmparc): ranges of values, and the value of aseg for what they are parts of.
+_PARCELS = (
+    (range(1000, 2000), 3),
+    (range(2000, 3000), 42),
+    (range(3000, 4000), 2),
+    (range(4000, 5000), 41),
+    (range(5001, 5002), 2),
+    (range(5002, 5003), 41),
+    (range(11100, 11200), 3),
+    (range(12100, 12200), 42),
+    (range(13100, 13200), 2),
+    (range(14100, 14200), 41),
+)
 _STEMS = sorted(_CLASS_OF_STEM, key=len, reverse=True)
 _SIDES = ("left-", "right-")
 
@@ -54,6 +68,11 @@ def class_of_name(name: str) -> str | None:
         if plain == stem or plain.startswith(stem + "-"):
             return _CLASS_OF_STEM[stem]
     return None
+
+
+def whole_of_parcel(value: int) -> int | None:
+    """aseg's value for the structure that a parcel of aparc+aseg or wmparc is part of; None for other values."""
+    return next((whole for parcels, whole in _PARCELS if value in parcels), None)
 
 
 @cache

@@ -7,6 +7,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.spatialimages import HeaderDataError, HeaderTypeError
 
 from ppl_seg.errors import InputError
 
@@ -20,18 +21,21 @@ _GEOMETRY_FIELDS = (
 UNKNOWN_SIDES = "left and right are unknown"
 
 
-def read_geometry(image: Any, shape: tuple[int, ...], path: Path) -> tuple[np.ndarray, Any, tuple[str, ...]]:
-    """The affine (4, 4) in mm, a NIfTI header with the geometry of `image` alone, and warnings.
+def read_geometry(source: Any, shape: tuple[int, ...], path: Path) -> tuple[np.ndarray, Any, tuple[str, ...]]:
+    """The affine (4, 4) in mm, a NIfTI header with the geometry of nibabel's header `source` alone, and warnings.
 
     `shape` is the three-dimensional shape of the voxels. The header carries the forms, codes, pixdim and
     spatial unit of the file and nothing else: no description, extension or date that could identify a person.
     Raises InputError for an affine that is singular or not finite and for impossible voxel sizes.
     """
-    if isinstance(image.header, nib.Nifti1Header):  # Nifti2Header is a subclass
-        header, warnings = _nifti_geometry(image.header, shape, path)
-    else:
-        header, warnings = _other_geometry(image, shape, path), []
-    affine = np.asarray(header.get_best_affine(), dtype=np.float64)
+    try:
+        if isinstance(source, nib.Nifti1Header):  # Nifti2Header is a subclass
+            header, warnings = _nifti_geometry(source, shape, path)
+        else:
+            header, warnings = _other_geometry(source, shape, path), []
+        affine = np.asarray(header.get_best_affine(), dtype=np.float64)
+    except (ValueError, ArithmeticError, HeaderDataError, HeaderTypeError) as error:  # an invalid quaternion, say
+        raise InputError(f"{path}: the header is damaged ({error}); copy the file again") from error
     affine[:3] *= MILLIMETRES_PER_UNIT[int(header["xyzt_units"]) & 7]
     _check_affine(affine, path)
     return affine, header, tuple(warnings)
@@ -69,11 +73,11 @@ def _nifti_geometry(source: Any, shape: tuple[int, ...], path: Path) -> tuple[An
     return header, warnings
 
 
-def _other_geometry(image: Any, shape: tuple[int, ...], path: Path) -> Any:
+def _other_geometry(source: Any, shape: tuple[int, ...], path: Path) -> Any:
     header = nib.Nifti1Header()
     header.set_data_shape(shape)
     header.set_xyzt_units("mm")
-    affine = np.asarray(image.affine, dtype=np.float64)
+    affine = np.asarray(source.get_best_affine(), dtype=np.float64)
     _check_affine(affine, path)
     header.set_sform(affine, code=1)
     header.set_qform(affine, code=1)

@@ -84,21 +84,11 @@ def center_matrix(image_shape: Sequence[int], image_affine: np.ndarray, grid: Pl
 
 def alignment_matrix(align: str, image: Placed, grid: Placed) -> np.ndarray:
     """(4, 4) grid voxel to image voxel by the alignment's name, `none` or `center`."""
-    check_alignment(align)
+    if align not in ("none", "center"):
+        raise ValueError(f"alignment {align!r}: expected none or center")
     if align == "none":
         return none_matrix(image.affine, grid)
     return center_matrix(image.shape, image.affine, grid)
-
-
-def check_alignment(align: str) -> None:
-    """Raises InputError for an alignment that is unknown or not there yet."""
-    if align in ("rigid", "affine"):
-        raise InputError(
-            f"--align {align}: registration is not available in this version; use --align center, or "
-            "--align none for files that are in one space already"
-        )
-    if align not in ("none", "center"):
-        raise InputError(f"--align {align}: unknown; use center or none")
 
 
 def default_align(images: Sequence[Placed]) -> str:
@@ -115,11 +105,8 @@ def common_grid(images: Sequence[Placed], spacing: float | None = None, align: s
     enlarged until the grid has at most a million voxels. Where all images are single slices across one
     world axis, so is the grid.
     """
-    check_alignment(align)
     if not images:
         raise ValueError("common_grid needs at least one image")
-    if spacing is not None and not spacing > 0:
-        raise InputError(f"--spacing {spacing:g}: expected millimetres above 0")
     boxes = np.array([_world_box(image) for image in images])  # (images, 2, 3) low and high corners
     if align == "none":
         low, high = boxes[:, 0].min(axis=0), boxes[:, 1].max(axis=0)
@@ -127,9 +114,7 @@ def common_grid(images: Sequence[Placed], spacing: float | None = None, align: s
         extent = (boxes[:, 1] - boxes[:, 0]).max(axis=0)
         low, high = -extent / 2, extent / 2
     flat = np.asarray(np.all([_flat_world_axes(image) for image in images], axis=0))
-    if spacing is None:
-        spacing = float(np.median([size for image in images for size in _sizes(image)]))
-        spacing = _coarsen(high - low, flat, spacing)
+    spacing = _chosen(spacing, default_spacing(images), high - low, flat)
     steps = np.where(flat, high - low, spacing)
     shape = _grid_shape(high - low, flat, spacing)
     affine = np.diag([*steps, 1.0])
@@ -138,6 +123,21 @@ def common_grid(images: Sequence[Placed], spacing: float | None = None, align: s
     else:
         affine[:3, 3] = -steps * (np.array(shape) - 1) / 2
     return Grid(shape, affine)
+
+
+def cubic_grid(low: np.ndarray, high: np.ndarray, spacing: float | None, default: float) -> Grid:
+    """The RAS grid of cubic voxels that fills a box (mm): `spacing`, or `default` coarsened to a million voxels."""
+    extent, flat = high - low, np.zeros(3, dtype=bool)
+    spacing = _chosen(spacing, default, extent, flat)
+    shape = _grid_shape(extent, flat, spacing)
+    affine = np.diag([spacing] * 3 + [1.0])
+    affine[:3, 3] = (low + high) / 2 - spacing * (np.array(shape) - 1) / 2
+    return Grid(shape, affine)
+
+
+def default_spacing(images: Sequence[Placed]) -> float:
+    """The median voxel size (mm) along all axes that have more than one voxel."""
+    return float(np.median([size for image in images for size in _sizes(image)]))
 
 
 def is_signed_permutation(linear: np.ndarray, tolerance: float) -> bool:
@@ -174,6 +174,15 @@ def _sizes(image: Placed) -> list[float]:
 def _grid_shape(extent: np.ndarray, flat: np.ndarray, spacing: float) -> tuple[int, int, int]:
     x, y, z = (1 if f else max(1, int(np.ceil(e / spacing - _SLACK))) for e, f in zip(extent, flat, strict=True))
     return x, y, z
+
+
+def _chosen(spacing: float | None, default: float, extent: np.ndarray, flat: np.ndarray) -> float:
+    """The spacing asked for, or the default one, coarsened. InputError for one that is not positive."""
+    if spacing is None:
+        return _coarsen(extent, flat, default)
+    if not spacing > 0:
+        raise InputError(f"--spacing {spacing:g}: expected millimetres above 0")
+    return spacing
 
 
 def _coarsen(extent: np.ndarray, flat: np.ndarray, spacing: float) -> float:

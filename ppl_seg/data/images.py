@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ from ppl_seg.data.geometry import read_geometry, spacing_of
 from ppl_seg.data.names import is_scan_name
 from ppl_seg.data.nifti import open_image, read_voxels
 from ppl_seg.errors import InputError
+from ppl_seg.files import replacing
 
 GRID_TOLERANCE = 1e-3  # largest difference between affines of one grid
 FEW_VALUES = 16  # integer images with at most so many values are label maps, not scans
+_PIECE = 2**20  # voxels looked at together
 _NEIGHBOURS_OF_A_LABEL_MAP = 0.8  # share of equal neighbours (below) from which an integer image is a label map
 _NEIGHBOURS_OF_A_SCAN = 0.3  # and up to which it is a scan
 
@@ -64,20 +66,19 @@ def read_scan(path: str | os.PathLike[str]) -> Image:
     image = _read(path, np.float32)
     data = image.data
     finite = np.isfinite(data)
-    warnings = list(image.warnings)
+    values, warnings = data, list(image.warnings)
     if not finite.all():
         if not finite.any():
             raise InputError(f"{path}: no voxel is a finite number")
-        count = int(data.size - finite.sum())
-        warnings.append(f"{path}: {count} voxels are NaN or Inf; they are taken as unobserved")
-    values = data[finite]
+        values = data[finite]
+        warnings.append(f"{path}: {data.size - values.size} voxels are NaN or Inf; they are taken as unobserved")
     if values.min() == values.max():
-        raise InputError(f"{path}: every voxel is {values[0]:g}; expected a scan")
-    if (values == np.round(values)).all():
-        distinct = np.unique(values)
-        if len(distinct) <= FEW_VALUES or _equal_neighbours(data) >= _NEIGHBOURS_OF_A_LABEL_MAP:
+        raise InputError(f"{path}: every voxel is {values.flat[0]:g}; expected a scan")
+    if all((piece == np.round(piece)).all() for piece in _pieces(values)):
+        few = len(_distinct(values, FEW_VALUES)) <= FEW_VALUES
+        if few or _equal_neighbours(data) >= _NEIGHBOURS_OF_A_LABEL_MAP:
             raise InputError(
-                f"{path}: a label map (integers {_shorten(distinct)}) where a scan is expected; give the scan"
+                f"{path}: a label map (integers {_shorten(_distinct(values))}) where a scan is expected; give the scan"
             )
     return Image(data, image.affine, path, image.header, tuple(warnings))
 
@@ -86,21 +87,21 @@ def read_label_map(path: str | os.PathLike[str], empty_ok: bool = False) -> Imag
     """A label map as int32. InputError for values that are not integers, a scan, or (unless `empty_ok`) all zero."""
     path = Path(path)
     image = _read(path, None)
-    data = image.data
-    if data.dtype.kind == "f":
-        rounded = np.round(data)
+    for piece in _pieces(image.data) if image.data.dtype.kind == "f" else ():
         with np.errstate(invalid="ignore"):  # NaN and Inf differ from everything and are listed
-            strange = ~(np.abs(data - rounded) <= 1e-4)
+            strange = ~(np.abs(piece - np.round(piece)) <= 1e-4)
         if strange.any():
             raise InputError(
-                f"{path}: a label map holds integers; found {_shorten(np.unique(data[strange]))}: a scan or "
+                f"{path}: a label map holds integers; found {_shorten(_distinct(piece[strange]))}: a scan or "
                 "probabilities? give the label map"
             )
-        data = rounded
-    if data.size and (data.min() < -(2**31) or data.max() >= 2**31):
-        raise InputError(f"{path}: label values {data.min():g} to {data.max():g} do not fit 32 bits")
-    data = data.astype(np.int32)
-    distinct = np.unique(data)
+    low, high = image.data.min(), image.data.max()
+    if low < -(2**31) or high >= 2**31:
+        raise InputError(f"{path}: label values {low:g} to {high:g} do not fit 32 bits")
+    data = np.empty_like(image.data, np.int32)
+    for whole, own in zip(_pieces(data), _pieces(image.data), strict=True):
+        whole[...] = np.round(own)
+    distinct = _distinct(data)
     if not empty_ok and len(distinct) == 1 and distinct[0] == 0:
         raise InputError(f"{path}: all voxels are 0; expected a label map with at least one structure")
     if len(distinct) > 4 * FEW_VALUES and _equal_neighbours(data) <= _NEIGHBOURS_OF_A_SCAN:
@@ -164,27 +165,56 @@ def check_same_grid(images: Sequence[Image], hint: str) -> None:
             )
 
 
+def describe_spacings(images: Sequence[Image]) -> list[str]:
+    """One line for each voxel size but the commonest, with its files; nothing where all have one size (to 1 %)."""
+    kinds: list[list[Image]] = []
+    for image in images:
+        own = next((kind for kind in kinds if np.allclose(kind[0].spacing, image.spacing, rtol=0.01)), None)
+        if own is None:
+            kinds.append(own := [])
+        own.append(image)
+    common, *others = sorted(kinds, key=len, reverse=True)
+    sizes = ["x".join(f"{size:.3g}" for size in kind[0].spacing) for kind in (common, *others)]
+    return [
+        f"{', '.join(str(image.path) for image in kind)}: voxels of {size} mm, {len(common)} others have {sizes[0]} mm"
+        for kind, size in zip(others, sizes[1:], strict=True)
+    ]
+
+
 def describe_grid(image: Image) -> str:
     """Shape and affine in one line."""
     return f"{'x'.join(map(str, image.shape))} with affine {np.round(image.affine[:3], 3).tolist()}"
 
 
 def _read(path: Path, dtype: type | None) -> Image:
-    source, notes = open_image(path)
-    shape = tuple(int(n) for n in source.shape)
-    squeezed = list(shape)
+    source = open_image(path)
+    squeezed = list(source.shape)
     while len(squeezed) > 3 and squeezed[-1] == 1:
         squeezed.pop()
     squeezed += [1] * (3 - len(squeezed))
     if len(squeezed) > 3:
         raise InputError(
-            f"{path}: its shape is {shape}, expected three axes; give one file per contrast, see --channels"
+            f"{path}: its shape is {source.shape}, expected three axes; give one file per contrast, see --channels"
         )
-    if 0 in shape:
-        raise InputError(f"{path}: its shape is {shape}, it has no voxels")
-    affine, header, warnings = read_geometry(source, tuple(squeezed), path)
-    data = read_voxels(source, path, dtype).reshape(squeezed)
-    return Image(data, affine, path, header, (*notes, *warnings))
+    affine, header, warnings = read_geometry(source.header, tuple(squeezed), path)
+    data = read_voxels(source, path, dtype).reshape(squeezed, order="F")
+    return Image(data, affine, path, header, (*source.warnings, *warnings))
+
+
+def _pieces(data: np.ndarray) -> Iterator[np.ndarray]:
+    """Views that make up `data`, of a size whose temporary copies do not count."""
+    flat = data.reshape(-1, order="A")  # a view: what was read is contiguous
+    return (flat[start : start + _PIECE] for start in range(0, len(flat), _PIECE))
+
+
+def _distinct(values: np.ndarray, most: int | None = None) -> np.ndarray:
+    """The distinct values, sorted; some of them as soon as there are more than `most`."""
+    found = np.empty(0, values.dtype)
+    for piece in _pieces(values):
+        found = np.union1d(found, piece)
+        if most is not None and len(found) > most:
+            break
+    return found
 
 
 def _equal_neighbours(data: np.ndarray) -> float:
@@ -192,7 +222,8 @@ def _equal_neighbours(data: np.ndarray) -> float:
 
     Close to 1 in label maps, close to 0 in scans, where noise sets neighbours apart.
     """
-    values, counts = np.unique(data, return_counts=True)
+    sample = data.reshape(-1, order="A")[:: max(1, data.size // _PIECE)]
+    values, counts = np.unique(sample, return_counts=True)
     foreground = data != values[counts.argmax()]
     equal = pairs = 0
     for axis in range(data.ndim):
@@ -231,12 +262,5 @@ def _write(path: Path, data: np.ndarray, kind: type, like: Image, slope: float) 
     header.set_slope_inter(slope, 0.0)
     make = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     image = make(data, None, header)  # no affine: the header's two forms stay as they are
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")  # the same folder and extension
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
         nib.save(image, temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -101,8 +100,8 @@ class LabelTable:
         return positions[inverse].reshape(data.shape)
 
     def from_positions(self, positions: np.ndarray) -> np.ndarray:
-        """Positions 0..M-1 to label values (int32, same shape)."""
-        return self.indices.astype(np.int32)[positions]
+        """Positions 0..M-1 to label values (same shape, the smallest integers that hold the table)."""
+        return self.indices.astype(np.result_type(*map(np.min_scalar_type, self.indices)))[positions]
 
     def restricted_to(self, values: Sequence[int]) -> LabelTable:
         """The entries whose values occur, and the background."""
@@ -127,13 +126,6 @@ class LabelTable:
         for entry in self.entries:
             text.write(f"{entry.index}\t{entry.name}\t{_hex(entry.color)}\n")
         return text.getvalue()
-
-    def write_tsv(self, path: str | os.PathLike[str]) -> None:
-        """Writes `to_tsv` to `path`, which appears whole or not at all."""
-        path = Path(path)
-        temporary = path.with_name(f".{os.getpid()}-{path.name}")
-        temporary.write_text(self.to_tsv(), encoding="utf-8")
-        os.replace(temporary, path)
 
 
 def merge_sides(table: LabelTable) -> tuple[LabelTable, dict[int, int]]:
@@ -162,6 +154,13 @@ def apply_map(data: np.ndarray, mapping: dict[int, int]) -> np.ndarray:
     values, inverse = np.unique(data, return_inverse=True)
     mapped = np.array([mapping.get(int(value), int(value)) for value in values], dtype=data.dtype)
     return mapped[inverse].reshape(data.shape)
+
+
+def composed(first: Mapping[int, int], then: Mapping[int, int]) -> dict[int, int]:
+    """The map that has the effect of `first`, then `then`."""
+    return {value: then.get(to, to) for value, to in first.items()} | {
+        value: to for value, to in then.items() if value not in first
+    }
 
 
 def parse_color(text: str) -> Color:

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_seg.data.grids import Grid, alignment_matrix
-from ppl_seg.data.images import Image, check_same_grid, read_scan
+from ppl_seg.data.channels import align_channel, check_channel_alignment
+from ppl_seg.data.images import Image, read_scan
 from ppl_seg.data.labels import LabelTable, apply_map
 from ppl_seg.data.masks import observed_mask
 from ppl_seg.data.resampling import inside, resample, resample_labels
@@ -31,32 +31,48 @@ class OwnScan:
         return [str(self.image.path)]
 
 
-def load_scan(paths: Sequence[Path], mask: str | Path = "auto") -> OwnScan:
-    """Read a scan's channels, which must share a grid. InputError for unreadable files and other grids."""
-    images = [read_scan(path) for path in paths]
-    if len(images) > 1:
-        check_same_grid(images, "channels on different grids come with registration, in a later version")
-    observed = torch.from_numpy(np.stack([observed_mask(image, mask) for image in images]))
-    data = torch.from_numpy(np.stack([np.asarray(image.data, np.float32) for image in images]))
-    return OwnScan(images[0], torch.where(observed, data, 0.0), observed)
+def load_scan(paths: Sequence[Path], mask: str | Path = "auto", channel_align: str = "rigid") -> OwnScan:
+    """Read a scan's channels; those on another grid are brought to the first one's.
+
+    Args:
+        mask: auto, none, or a file on the first channel's grid, which then holds for all.
+        channel_align: `rigid` registers them to the first, `none` trusts the headers.
+
+    Raises:
+        InputError: files that can't be read, channels that do not belong together.
+    """
+    check_channel_alignment(channel_align)
+    first, *others = [read_scan(path) for path in paths]
+    seen_first = observed_mask(first, mask)
+    data, observed = [np.where(seen_first, first.data, 0)], [seen_first]
+    for other in others:
+        seen_other = observed_mask(other, mask if mask in ("auto", "none") else "none")
+        values, seen = align_channel(first, seen_first, other, seen_other, channel_align)
+        seen = seen if mask in ("auto", "none") else seen & seen_first
+        data.append(np.where(seen, values, 0))
+        observed.append(seen)
+    return OwnScan(first, torch.from_numpy(np.stack(data).astype(np.float32)), torch.from_numpy(np.stack(observed)))
 
 
 def scan_on_grid(
-    intensities: Tensor, observed: Tensor, image: Image, grid: Grid, align: str
-) -> tuple[Tensor, Tensor, np.ndarray]:
-    """A scan (C, X, Y, Z) on the prior's grid: scan and observed (C, *grid), and the matrix grid → scan."""
-    matrix = alignment_matrix(align, image, grid)
-    weight = resample(observed.to(intensities.dtype), matrix, grid.shape)
-    filled = resample(intensities, matrix, grid.shape)
+    intensities: Tensor, observed: Tensor, matrix: np.ndarray, shape: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """A scan (C, X, Y, Z) on a grid of `shape`: scan and observed (C, *shape). matrix: grid voxel → scan voxel."""
+    weight = resample(observed.to(intensities.dtype), matrix, shape)
+    filled = resample(intensities, matrix, shape)
     seen = weight > 0.5
-    return torch.where(seen, filled / weight.clamp(min=0.5), 0.0), seen, matrix
+    return torch.where(seen, filled / weight.clamp(min=0.5), 0.0), seen
+
+
+def label_positions(image: Image, table: LabelTable, mapping: dict[int, int]) -> np.ndarray:
+    """A label map (X, Y, Z) as positions of the table, int64, after the value map."""
+    values = apply_map(np.asarray(image.data), mapping) if mapping else np.asarray(image.data)
+    return table.to_positions(values, image.path).astype(np.int64)
 
 
 def labels_on_grid(
-    image: Image, table: LabelTable, mapping: dict[int, int], grid: Grid, align: str
+    image: Image, table: LabelTable, mapping: dict[int, int], matrix: np.ndarray, shape: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """A label map on the prior's grid: (positions (*grid) int64, inside its field of view (1, *grid) bool)."""
-    values = apply_map(np.asarray(image.data), mapping) if mapping else np.asarray(image.data)
-    positions = torch.from_numpy(table.to_positions(values, image.path).astype(np.int64))
-    matrix = alignment_matrix(align, image, grid)
-    return resample_labels(positions, matrix, grid.shape), inside(matrix, image.shape, grid.shape)[None]
+    """A label map on a grid of `shape`: (positions int64, inside its field of view (1, *shape) bool)."""
+    positions = torch.from_numpy(label_positions(image, table, mapping))
+    return resample_labels(positions, matrix, shape), inside(matrix, image.shape, shape)[None]

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
+from ppl_seg.data.cohort import Found, find_masks
 from ppl_seg.data.images import Image, check_same_grid, read_mask
-from ppl_seg.data.names import belong_together, last_word
+from ppl_seg.data.names import counterparts
 from ppl_seg.errors import InputError
 
 SMALLEST_EMPTY_SHARE = 0.2  # of the voxels; a smaller constant region at the border is anatomy or chance
@@ -39,28 +40,26 @@ def observed_mask(scan: Image, mask: str | Path = "auto") -> np.ndarray:
     return observed
 
 
-def mask_of(scan: Path, masks: Sequence[Path]) -> Path:
-    """The one of `masks` that shares its BIDS entities with `scan`. InputError for none and several."""
-    found = [mask for mask in masks if belong_together(scan, mask)]
-    if len(found) != 1:
-        listed = ", ".join(map(str, found)) or "none"
-        raise InputError(f"{scan}: expected one mask of the same subject and session, found {listed}")
-    return found[0]
+def masks_of(scans: Sequence[Found], mask: str | Path) -> list[str | Path]:
+    """The mask of each scan: `auto` and `none` for all; of a folder or glob, the one whose name matches the scan's.
 
-
-def masks_of(scans: Sequence[Path], mask: str | Path) -> list[str | Path]:
-    """The mask of each scan: `auto` and `none` for all; of a folder, the one that shares the scan's BIDS entities.
-
+    BIDS names match by shared entities, FreeSurfer's subjects (mri/brainmask.mgz) by their name, others by their path.
     Raises InputError for one mask file and several scans, and for a scan with no mask or several.
     """
     if mask in ("auto", "none"):
         return [mask] * len(scans)
-    if Path(mask).is_dir():
-        there = [path for path in sorted(Path(mask).rglob("*")) if last_word(path) == "mask"]
-        return [mask_of(scan, there) for scan in scans]
-    if len(scans) > 1:
-        raise InputError(f"{mask}: one mask for {len(scans)} scans; give the folder of their masks (*_mask.nii.gz)")
-    return [mask]
+    there = find_masks(mask)
+    if Path(mask).is_file():
+        if len(scans) > 1:
+            raise InputError(f"{mask}: one mask for {len(scans)} scans; give the folder of their masks (*_mask.nii.gz)")
+        return [Path(mask)]
+    files, others = ([(found.path, found.base) for found in some] for some in (scans, there))
+    matches = counterparts(files, others)
+    for scan, found in zip(scans, matches, strict=True):
+        if len(found) != 1:
+            listed = ", ".join(map(str, found)) or "none"
+            raise InputError(f"{scan.path}: expected one mask of the same name below {mask}, found {listed}")
+    return [found[0] for found in matches]
 
 
 def _constant_border_region(data: np.ndarray, finite: np.ndarray) -> np.ndarray:

@@ -36,14 +36,13 @@ def resample(
         raise ValueError(f"mode {mode!r}: expected linear or nearest")
     if volume.ndim != 4 or len(shape_out) != 3:
         raise ValueError(f"expected a volume (C, X, Y, Z) and three sizes, got {tuple(volume.shape)}, {shape_out}")
-    whole = _whole_voxels(np.asarray(matrix), shape_out)
+    whole = whole_voxels(np.asarray(matrix), shape_out)
     if whole is not None:
         return _move(volume, whole, shape_out, outside)
     if mode == "linear":
         if not volume.is_floating_point():
             raise ValueError(f"linear resampling of {volume.dtype}: convert to a floating type or use nearest")
-        steps = np.linalg.norm(np.asarray(matrix)[:3, :3], axis=1)
-        volume = _blur(volume, [math.sqrt(max(step * step - 1, 0)) / _FWHM for step in steps])
+        volume = _blur(volume, blur_kernels(matrix))
     position = _positions(matrix, shape_out, volume.device)
     sizes = torch.tensor(volume.shape[1:], device=volume.device, dtype=position.dtype)
     if mode == "nearest":
@@ -55,7 +54,7 @@ def resample(
         sampled = F.grid_sample(volume[None], scaled[None], mode="bilinear", padding_mode="border", align_corners=True)[
             0
         ]
-    return torch.where(_within(position, sizes), sampled, torch.as_tensor(outside, dtype=volume.dtype))
+    return torch.where(within(position, sizes), sampled, torch.as_tensor(outside, dtype=volume.dtype))
 
 
 def resample_labels(labels: torch.Tensor, matrix: np.ndarray, shape_out: Sequence[int]) -> torch.Tensor:
@@ -90,7 +89,7 @@ def inside(
 ) -> torch.Tensor:
     """(*out) bool: the output voxels whose centre lies in the input's field of view."""
     position = _positions(matrix, shape_out, torch.device(device))
-    return _within(position, torch.tensor(list(shape_in), device=position.device, dtype=position.dtype))
+    return within(position, torch.tensor(list(shape_in), device=position.device, dtype=position.dtype))
 
 
 def _positions(matrix: np.ndarray, shape_out: Sequence[int], device: torch.device) -> torch.Tensor:
@@ -106,11 +105,12 @@ def _positions(matrix: np.ndarray, shape_out: Sequence[int], device: torch.devic
     )
 
 
-def _within(position: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+def within(position: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """Which positions (..., 3) lie in the field of view of an array of those sizes, half a voxel around its centres."""
     return ((position >= -0.5 - _WHOLE) & (position <= sizes - 0.5 + _WHOLE)).all(-1)
 
 
-def _whole_voxels(matrix: np.ndarray, shape_out: Sequence[int]) -> np.ndarray | None:
+def whole_voxels(matrix: np.ndarray, shape_out: Sequence[int]) -> np.ndarray | None:
     """`matrix` rounded, where it only permutes, flips and shifts by whole voxels; else None."""
     if not is_signed_permutation(matrix[:3, :3], 1e-2):
         return None
@@ -141,17 +141,26 @@ def _move(volume: torch.Tensor, matrix: np.ndarray, shape_out: Sequence[int], ou
     return result
 
 
-def _blur(volume: torch.Tensor, widths: Sequence[float]) -> torch.Tensor:
-    """Gaussian blur (C, X, Y, Z) with a sd in voxels per axis, edges continued."""
-    for axis, width in enumerate(widths):
-        if width < 0.1 or volume.shape[axis + 1] == 1:  # below, the kernel is a single voxel in float32
+def blur_kernels(matrix: np.ndarray) -> list[list[float]]:
+    """Weights of the Gaussian that `resample` blurs its input with along each input axis; [1.0] where none is due."""
+    kernels = []
+    for step in np.linalg.norm(np.asarray(matrix)[:3, :3], axis=1):
+        width = math.sqrt(max(step * step - 1, 0)) / _FWHM  # sd, voxels
+        radius = math.ceil(3 * width) if width >= 0.1 else 0  # below, the kernel is a single voxel in float32
+        weights = [math.exp(-0.5 * (k / width) ** 2) if k else 1.0 for k in range(-radius, radius + 1)]
+        kernels.append([weight / sum(weights) for weight in weights])
+    return kernels
+
+
+def _blur(volume: torch.Tensor, kernels: Sequence[Sequence[float]]) -> torch.Tensor:
+    """(C, X, Y, Z) convolved with a kernel an axis, edges continued."""
+    for axis, weights in enumerate(kernels):
+        if len(weights) == 1 or volume.shape[axis + 1] == 1:
             continue
-        radius = math.ceil(3 * width)
-        weights = [math.exp(-0.5 * (k / width) ** 2) for k in range(-radius, radius + 1)]
-        size = volume.shape[axis + 1]
+        radius, size = len(weights) // 2, volume.shape[axis + 1]
         index = torch.arange(-radius, size + radius, device=volume.device).clamp(0, size - 1)
         padded = volume.index_select(axis + 1, index)
         volume = torch.zeros_like(volume)
         for k, weight in enumerate(weights):  # a few shifted sums: faster than a convolution so short
-            volume.add_(padded.narrow(axis + 1, k, size), alpha=weight / sum(weights))
+            volume.add_(padded.narrow(axis + 1, k, size), alpha=weight)
     return volume

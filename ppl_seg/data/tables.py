@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from ppl_seg.data import freesurfer
+from ppl_seg.data.content import check_present
 from ppl_seg.data.labels import Color, LabelEntry, LabelTable, make_entry, parse_color
 from ppl_seg.errors import InputError
 
@@ -55,30 +56,80 @@ def read_value_map(path: str | os.PathLike[str]) -> dict[int, int]:
     return mapping
 
 
-def table_for(values: Iterable[int], labels_path: str | os.PathLike[str] | None = None) -> tuple[LabelTable, list[str]]:
-    """The table for label maps in which `values` occur, them and the background alone: (table, messages).
+def read_groups(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
+    """The TSV of `--groups` (index, group): group -> values scored as one. Raises InputError with the line."""
+    path = Path(path)
+    lines = _lines(path)
+    columns = _columns(path, lines, ("index", "group"))
+    group_of: dict[int, str] = {}
+    for number, line in lines[1:]:
+        cells = _cells(path, number, line, columns)
+        index, group = _integer(path, number, "index", cells["index"]), cells["group"]
+        if not group:
+            raise InputError(f"{path}, line {number}: the group of index {index} is empty")
+        if group_of.setdefault(index, group) != group:
+            raise InputError(f"{path}, line {number}: index {index} is in {group_of[index]} and in {group}; keep one")
+    groups: dict[str, tuple[int, ...]] = {}
+    for index, group in group_of.items():
+        groups[group] = (*groups.get(group, ()), index)
+    return groups
+
+
+def table_for(
+    values: Iterable[int], labels_path: str | os.PathLike[str] | None = None
+) -> tuple[LabelTable, dict[int, int], list[str]]:
+    """The table for label maps in which `values` occur, them and the background alone: (table, map, messages).
 
     From `labels_path` where given (InputError for values it lacks); else FreeSurfer's where at least eight
-    of its values occur, foreign values with a class each; else label-1, label-2, ... The messages say what
-    was assumed.
+    of its values occur, foreign values with a class each; else label-1, label-2, ... The map brings FreeSurfer's
+    parcels (aparc+aseg, wmparc) that the table does not list to the cortex and white matter that it does. The
+    messages say what was assumed.
     """
     occurring = sorted({int(value) for value in values} - {0})
     if labels_path is not None:
         table = read_table(labels_path)
-        table.to_positions(_as_array(occurring), labels_path)
-        return table.restricted_to(occurring), []
+        parcels = parcels_map(occurring, dict(zip(table.indices.tolist(), table.names, strict=True)))
+        kept = sorted({parcels.get(value, value) for value in occurring})
+        table.to_positions(_as_array(kept), labels_path)
+        return table.restricted_to(kept), parcels, describe_parcels(parcels)
     known = freesurfer.structures()
-    familiar = [value for value in occurring if value in known]
-    foreign = [value for value in occurring if value not in known]
+    parcels = parcels_map(occurring, {value: name for value, (name, _) in known.items()})
+    kept = sorted({parcels.get(value, value) for value in occurring})
+    familiar = [value for value in kept if value in known]
+    foreign = [value for value in kept if value not in known]
     if len(familiar) < ENOUGH_FREESURFER_VALUES:
         table = LabelTable(tuple(make_entry(value, f"label-{value}") for value in occurring))
-        return table, ["no --labels: names label-1, label-2, ... and an intensity class each are assumed"]
+        return table, {}, ["no --labels: names label-1, label-2, ... and an intensity class each are assumed"]
     messages = [f"no --labels: FreeSurfer's names and intensity classes are assumed ({len(familiar)} structures)"]
     if foreign:
         listed = ", ".join(map(str, foreign))
         messages.append(f"not among FreeSurfer's values, an intensity class each: {listed}")
-    names = {value: known[value][0] if value in known else f"label-{value}" for value in occurring}
-    return LabelTable(tuple(make_entry(value, name) for value, name in names.items())), messages
+    names = {value: known[value][0] if value in known else f"label-{value}" for value in kept}
+    table = LabelTable(tuple(make_entry(value, name) for value, name in names.items()))
+    return table, parcels, messages + describe_parcels(parcels)
+
+
+def parcels_map(values: Iterable[int], names: Mapping[int, str]) -> dict[int, int]:
+    """For FreeSurfer's parcels among `values` that are not in a table (value -> name): the whole that is there."""
+    found: dict[int, int] = {}
+    for value in set(values) - names.keys():
+        whole = freesurfer.whole_of_parcel(value)
+        if whole is not None and whole in names:
+            own, theirs = freesurfer.class_of_name(names[whole]), freesurfer.structures()[whole][0]
+            if own == freesurfer.class_of_name(theirs):  # the table's 3 is a cortex, too
+                found[value] = whole
+    return dict(sorted(found.items()))
+
+
+def describe_parcels(parcels: Mapping[int, int]) -> list[str]:
+    """What the user is told of a `parcels_map`."""
+    if not parcels:
+        return []
+    wholes = ", ".join(map(str, sorted(set(parcels.values()))))
+    return [
+        f"{len(parcels)} cortical and white matter parcels (FreeSurfer's aparc+aseg, wmparc) become aseg's {wholes}; "
+        "to keep them, list them with --labels"
+    ]
 
 
 def _as_array(values: list[int]) -> np.ndarray:
@@ -87,6 +138,7 @@ def _as_array(values: list[int]) -> np.ndarray:
 
 def _lines(path: Path) -> list[tuple[int, str]]:
     """Numbered lines that are neither blank nor comments."""
+    check_present(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -145,14 +197,21 @@ def _lut_row(path: Path, number: int, line: str) -> tuple[int, LabelEntry]:
     """FreeSurfer's `No. Label-Name R G B A`."""
     cells = line.split()
     if len(cells) not in (5, 6) or not all(_is_int(cell) for cell in [cells[0], *cells[2:]]):
-        raise InputError(f"{path}, line {number}: expected 'number name R G B A', found {line.strip()!r}")
-    red, green, blue = (int(cell) for cell in cells[2:5])
-    return number, make_entry(int(cells[0]), cells[1], color=(red, green, blue))
+        raise InputError(
+            f"{path}, line {number}: expected 'number name R G B A' (FreeSurfer's), found {line.strip()!r}; tables of "
+            "another kind begin with a line that names the columns"
+        )
+    red, green, blue = (_integer(path, number, "colour", cell) for cell in cells[2:5])
+    if not all(0 <= part <= 255 for part in (red, green, blue)):
+        raise InputError(f"{path}, line {number}: expected colours of 0 to 255, found {red} {green} {blue}")
+    return number, make_entry(_integer(path, number, "number", cells[0]), cells[1], color=(red, green, blue))
 
 
 def _integer(path: Path, number: int, column: str, text: str) -> int:
     if not _is_int(text):
         raise InputError(f"{path}, line {number}: expected an integer as {column}, found {text!r}")
+    if len(text) > 11 or not -(2**31) <= int(text) < 2**31:
+        raise InputError(f"{path}, line {number}: expected the {column} to fit 32 bits, found {text[:20]}")
     return int(text)
 
 

@@ -20,7 +20,8 @@ import safetensors.torch
 from torch import Tensor
 
 from ppl_seg.errors import InputError
-from ppl_seg.inference.store import file_sha256, make_folder, tensor_bytes, write_atomically
+from ppl_seg.files import file_sha256, make_folder, write_bytes
+from ppl_seg.inference.store import tensor_bytes
 
 TENSORS = "checkpoint.safetensors"
 NEXT = "checkpoint.safetensors.next"
@@ -34,9 +35,9 @@ def save_checkpoint(directory: str | os.PathLike[str], tensors: Mapping[str, Ten
     if (folder / NEXT).exists():  # an earlier process died here: settle what it left before writing over it
         _settle(folder)
     content = tensor_bytes(tensors)
-    write_atomically(folder / NEXT, content)
+    write_bytes(folder / NEXT, content)
     head = {"sha256": hashlib.sha256(content).hexdigest(), "state": dict(state)}
-    write_atomically(folder / STATE, json.dumps(head).encode())
+    write_bytes(folder / STATE, json.dumps(head).encode())
     os.replace(folder / NEXT, folder / TENSORS)
 
 

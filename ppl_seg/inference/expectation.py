@@ -11,6 +11,7 @@ from torch import Tensor
 from ..models.intensity import IntensityModel, IntensityParameters, PseudoCounts
 from ..models.segmentation import SegmentationModel
 from ..models.shape_prior import gaussian_blur
+from ..models.voxels import EVERYWHERE, Voxels, seen_by_any, take
 
 Factor = Literal["prior", "posterior"]
 
@@ -40,24 +41,28 @@ def label_responsibilities(
     observed: Tensor,
     theta: IntensityParameters,
     factor: Factor = "posterior",
+    voxels: Voxels = EVERYWHERE,
 ) -> Tensor:
     """Responsibilities averaged over draws of z, detached, (B, M, J): r (`posterior`) or f (`prior`).
 
     Args:
         model: the program. z: draws, (S, B, D); None stands for f = p_loc. scan, observed: (B, C, *grid).
-        theta: at the old values.
+        theta: at the old values. voxels: which, flat; J is their number.
     """
     flat, seen = flatten(scan, observed)
+    theta = theta.at(voxels)
+    location = take(model.shape_prior.log_location_prior.flatten(1), voxels)
     dims = len(model.shape_prior.grid)
     with torch.no_grad():
-        log_likelihood = 0.0 if factor == "prior" else model.intensity.label_log_prob(flat, seen, theta)
+        joint = location
+        if factor == "posterior":
+            joint = location + model.intensity.label_log_prob(take(flat, voxels), take(seen, voxels), theta)
         if z is None:
-            location = model.shape_prior.log_location_prior.flatten(1)
-            return (location + log_likelihood).softmax(-2).expand(scan.shape[0], -1, -1)
+            return joint.softmax(-2).expand(scan.shape[0], -1, -1)
         total: Tensor | float = 0.0
-        for draw in z:
-            logits = model.shape_prior.label_logits(draw).flatten(-dims)
-            total = total + (logits + log_likelihood).softmax(-2)
+        for some in z.split(model.shape_prior.at_once):
+            for scores in model.shape_prior.label_scores(some).flatten(-dims):
+                total = total + (take(scores, voxels) + joint).softmax(-2)
         return torch.as_tensor(total) / len(z)
 
 
@@ -76,19 +81,21 @@ def update_theta(
         The new θ, and the observed background responsibilities by component summed over scans, (K0, J), for
         `background_maps`.
     """
-    power, background = model.likelihood_power, scan.new_zeros(())
+    power, components = model.likelihood_power, model.intensity.components[0]
+    background = scan.new_zeros(components, scan[0, 0].numel())
     updated = []
     with torch.no_grad():
         for b in range(scan.shape[0]):  # one scan at a time stays in cache
             one = slice(b, b + 1)
-            seen_by = observed[one]
             old = theta.select(one) if theta.mean.shape[0] > 1 else theta
-            flat, seen = flatten(scan[one], seen_by)
+            flat, seen = flatten(scan[one], observed[one])
+            voxels = seen_by_any(seen)  # the others count for nothing
             draws = None if z is None else z[:, one]
-            of_label = label_responsibilities(model, draws, scan[one], seen_by, old, factor)
-            of_component = model.intensity.component_responsibilities(of_label, flat, seen, old)
+            of_label = label_responsibilities(model, draws, scan[one], observed[one], old, factor, voxels)
+            flat, seen = take(flat, voxels), take(seen, voxels)
+            of_component = model.intensity.component_responsibilities(of_label, flat, seen, old.at(voxels))
             updated.append(model.intensity.m_step(of_component, flat, seen, old, pseudo, power))
-            background = background + (of_component[0, : model.intensity.components[0]] * seen.any(1))
+            background[:, voxels] += of_component[0, :components]
     new = IntensityParameters(
         torch.cat([u.mean for u in updated]),
         torch.cat([u.sd for u in updated]),

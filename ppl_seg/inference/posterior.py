@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +14,13 @@ from torch import Tensor
 from ..guides.families import Family, kl_to_prior
 from ..guides.per_scan import PerScanGuide
 from ..models.intensity import IntensityParameters
+from ..models.likelihood import label_mixture_log_prob
 from ..models.segmentation import SegmentationModel
-from .expectation import Factor, background_maps, initial_theta, update_theta
+from .expectation import Factor, background_maps, flatten, initial_theta, update_theta
 from .objectives import build_objective
 from .recipes import Recipe
+
+LARGE_GRID = 250_000  # voxels
 
 
 def factor_of(objective: str) -> Factor:
@@ -76,18 +80,27 @@ def best_start(
 ) -> Tensor:
     """Which of the latent codes (n, D), those of the prior's label maps, explains each scan best: (B, D).
 
-    Gradient steps from z = 0 end in a local optimum where a shape is far from the mean.
+    Gradient steps from z = 0 end in a local optimum where a shape is far from the mean. On large grids the codes are
+    compared on every other voxel along each axis.
     """
-    batch = scan.shape[0]
-    scores = []
+    shape = model.shape_prior
+    step = 2 if math.prod(shape.grid) > LARGE_GRID else 1
+    lattice = tuple(slice(None, None, step) for _ in shape.grid)
+    here = (slice(None), *lattice)
+    flat, seen = flatten(scan[(slice(None), *here)], observed[(slice(None), *here)])
+    location = shape.log_location_prior[here].flatten(1)
+    maps = theta.background_log_weight
+    if maps is not None:
+        theta = theta.with_maps(maps.unflatten(1, shape.grid)[here].flatten(1))
+    power = model.likelihood_power * math.prod(shape.grid) / location.shape[1]
     candidates = torch.cat([torch.zeros_like(codes[:1]), codes])
-    for some in candidates.split(8):
-        z = some[:, None].expand(-1, batch, -1)
-        with torch.no_grad(), pyro.plate("candidates", len(some), dim=-1 - model.max_plate_nesting):
-            conditioned = pyro.condition(model, data={"z": z})
-            trace = pyro.poutine.trace(conditioned).get_trace(scan, observed, theta)
-            trace.compute_log_prob()
-        scores.append(trace.nodes["scan"]["log_prob"] + trace.nodes["z"]["log_prob"])
+    scores = []
+    with torch.no_grad():
+        for z in candidates.split(shape.at_once):
+            of_labels = shape.label_scores(z, lattice if step > 1 else None).flatten(2).unsqueeze(1)
+            of_labels = of_labels.expand(-1, len(scan), -1, -1)
+            log_prob = label_mixture_log_prob(of_labels, location, flat, seen, theta, model.intensity)
+            scores.append(power * log_prob + shape.prior().log_prob(z).unsqueeze(1))
     return candidates[torch.cat(scores).argmax(0)]
 
 

@@ -126,3 +126,14 @@ def changed_recipe(recipe: Recipe, name: str | None = None, **changes: Any) -> R
     if not changed.likelihood_power > 0:
         raise InputError(f"--likelihood-power {changed.likelihood_power:g}: expected a number above 0")
     return changed
+
+
+def recipe_for_field(recipe: Recipe, field_of_view: str) -> Recipe:
+    """The recipe for label maps of a brain, a head or a crop.
+
+    Around a brain without its head lies one kind of background, fluid: maps of it take from the structures instead.
+    Structures of whole brains are of more than one brightness: partial volume, nuclei, lesions.
+    """
+    if field_of_view != "brain" or recipe.classes == "labels":
+        return recipe
+    return replace(recipe, maps=None, components=2)

@@ -12,8 +12,7 @@ import hashlib
 import json
 import os
 import re
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,15 @@ import torch
 from torch import Tensor
 
 from ppl_seg.errors import InputError
+from ppl_seg.files import file_sha256, replacing
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+LARGEST_CONFIG = 2**24  # bytes
 CONFIG = "config.json"
 WEIGHTS = "weights.safetensors"
 _RESERVED = {"format_version", "sha256"}
+# What format 2 states and format 1 meant: images were brought together by their headers or their fields of view.
+_SINCE_1 = {"format_version": FORMAT_VERSION, "field": "crop"}
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -56,11 +59,9 @@ def save_model(
     contents[CONFIG] = (json.dumps(head, indent=1, allow_nan=False) + "\n").encode()
 
     folder = Path(directory)
-    make_folder(folder)
-    with contextlib.ExitStack() as stack:  # every file is on the disk before the first one gets its name
-        temporary = {name: stack.enter_context(_temporary_file(folder, contents[name])) for name in contents}
-        for name, path in temporary.items():
-            os.replace(path, folder / name)
+    with contextlib.ExitStack() as stack:  # every file is complete before the first one gets its name; config.json last
+        for name in reversed(contents):
+            stack.enter_context(replacing(folder / name)).write_bytes(contents[name])
 
 
 def load_model_files(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -99,66 +100,22 @@ def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     return safetensors.torch.save(own)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` under a temporary name beside `path`, then rename."""
-    with _temporary_file(path.parent, content) as temporary:
-        os.replace(temporary, path)
-
-
-def make_folder(folder: Path) -> None:
-    """Make `folder` and its parents where they are missing; InputError where that is not possible."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {folder}: {error.strerror}; choose another --out") from error
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 (hex) of a file's content."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def _temporary_file(folder: Path, content: bytes) -> Iterator[Path]:
-    """A complete temporary file with `content` in `folder`; removed at the end where nobody renamed it."""
-    path: Path | None = None
-    try:
-        handle, name = tempfile.mkstemp(prefix=".tmp-", dir=folder)
-        path = Path(name)
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        path.chmod(0o666 & ~_umask())  # mkstemp's 0600 would hide the model from a group that shares it
-        yield path
-    except OSError as error:
-        raise InputError(
-            f"cannot write to {folder}: {error.strerror}; make room there or choose another --out"
-        ) from error
-    finally:
-        if path is not None:
-            path.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
-
-
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; a model directory (made by `ppl-seg prior` or `fit`) expected")
     if not path.is_file():
         raise InputError(f"{path}: missing; {folder} is no model directory, or its training was not finished")
+    if path.stat().st_size > LARGEST_CONFIG:
+        raise InputError(f"{path}: {path.stat().st_size} bytes; this file was not written by ppl_seg")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         version, hashes = config["format_version"], config["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: not the configuration of a ppl_seg model; train the model again") from error
-    if version != FORMAT_VERSION:
+    if version == 1:
+        config |= _SINCE_1
+    elif version != FORMAT_VERSION:
         raise InputError(
             f"{path}: format version {version} found, {FORMAT_VERSION} expected; use the ppl_seg that "
             "made the model, or train it again"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from ppl_seg.inference.store import make_folder, write_atomically
+from ppl_seg.files import cannot_write, make_folder, write_bytes
 
 CSV = "training.csv"
 _FIRST, _LAST = ("step", "bound_per_voxel"), ("held_out", "learning_rate", "seconds")
@@ -78,10 +78,17 @@ class LogWriter:
         self.log.rows.append(row)
         if self._path is None:
             return
+        try:
+            self._append(row)
+        except OSError as error:
+            raise cannot_write(self._path, error) from error
+
+    def _append(self, row: dict[str, float]) -> None:
+        assert self._path is not None
         if not self._columns:
             terms = [name for name in row if name not in (*_FIRST, *_LAST)]
             self._columns = [*_FIRST, *terms, *_LAST]
-            write_atomically(self._path, _line(self._columns).encode())
+            write_bytes(self._path, _line(self._columns).encode())
         if self._stream is None:
             self._stream = self._path.open("a", encoding="utf-8", newline="")
         if unknown := row.keys() - set(self._columns):
@@ -107,7 +114,7 @@ class LogWriter:
             row["step"] = int(row["step"])
         lines = [_line(self._columns)]
         lines += [_line([_text(row.get(name)) for name in self._columns]) for row in self.log.rows]
-        write_atomically(path, "".join(lines).encode())
+        write_bytes(path, "".join(lines).encode())
 
 
 def _text(value: float | None) -> str:

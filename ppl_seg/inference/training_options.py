@@ -12,6 +12,9 @@ import torch
 from ppl_seg.errors import InputError
 
 
+LARGE_GRID = 250_000  # voxels; above, trainings do with fewer steps and smaller batches
+
+
 @dataclass(frozen=True)
 class TrainingOptions:
     """Options of `fit`.

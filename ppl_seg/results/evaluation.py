@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from ppl_seg.data import freesurfer
 from ppl_seg.data.cohort import Found, find_label_maps
 from ppl_seg.data.images import Image, check_same_grid, read_label_map
-from ppl_seg.data.names import match_files, parse_name
-from ppl_seg.data.tables import read_table, table_for
+from ppl_seg.data.names import freesurfer_subject, match_files, parse_name
+from ppl_seg.data.tables import describe_parcels, parcels_map, read_groups, read_table, table_for
 from ppl_seg.errors import InputError
 from ppl_seg.results.dataset import TABLE
-from ppl_seg.results.metrics import COLUMNS, evaluate_pair, read_groups, structures_of_table, summary_rows
+from ppl_seg.results.metrics import COLUMNS, evaluate_pair, structures_of_table, summary_rows
 from ppl_seg.results.tables import format_cell, write_table
 from ppl_seg.results.tables import read_table as read_tsv
 
@@ -127,13 +128,23 @@ def _structures(
     beside = [base / TABLE for base in dict.fromkeys(bases) if base and (base / TABLE).is_file()]
     source = groups or labels or next(iter(beside), None)
     if groups is not None:
-        structures: Structures = read_groups(os.fspath(groups))
+        structures: Structures = read_groups(groups)
+        known = freesurfer.structures()
+        parcels = parcels_map(values, {v: known.get(v, ("",))[0] for members in structures.values() for v in members})
     elif source is not None:
-        structures = structures_of_table(read_table(source).restricted_to(values))
+        table = read_table(source)
+        parcels = parcels_map(values, dict(zip(table.indices.tolist(), table.names, strict=True)))
+        structures = structures_of_table(table.restricted_to([*values, *parcels.values()]))
         messages += [f"structures are named by {source}"] if labels is None else []
     else:
-        table, messages = table_for(values)
+        table, parcels, messages = table_for(values)
         structures = structures_of_table(table)
+    if source is not None:
+        messages += describe_parcels(parcels)
+    structures = {
+        name: (*members, *(parcel for parcel, whole in parcels.items() if whole in members))
+        for name, members in structures.items()
+    }
     scored = {value for members in structures.values() for value in members}
     if not scored & set(values):
         raise InputError(f"{source}: none of its structures occurs in the files, which hold {_listed(values)}")
@@ -146,7 +157,7 @@ def _score(pair: tuple[Path, Path], names: Mapping[Path, str], structures: Struc
     segmentation, truth = _read(pair)
     scan, true = names[pair[0]], names[pair[1]]
     about = {"scan": scan, "truth": true, "person": _person(scan, true)}
-    scores = evaluate_pair(segmentation.data, truth.data, truth.spacing, structures)
+    scores = evaluate_pair(segmentation.data, truth.data, truth.affine, structures)
     return [{**about, **row} for row in scores]
 
 
@@ -158,10 +169,12 @@ def _names(found: Sequence[Found]) -> dict[Path, str]:
 
 
 def _person(scan: str, truth: str) -> str:
-    """`sub-01` of the name or, failing that, of a folder; the scan itself where nothing names a person."""
+    """`sub-01` of the name, FreeSurfer's subject, or `sub-01` of a folder; the scan where nothing names a person."""
     for name in (scan, truth):
         if subject := parse_name(name).entities.get("sub"):
             return f"sub-{subject}"
+    if subject := freesurfer_subject(truth) or freesurfer_subject(scan):
+        return subject
     folders = [part for name in (scan, truth) for part in Path(name).parent.parts]
     return next((part for part in folders if _SUBJECT.fullmatch(part)), scan)
 

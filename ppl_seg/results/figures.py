@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from ppl_seg.data.geometry import UNKNOWN_SIDES
-from ppl_seg.results.atomic import replacing
+from ppl_seg.files import replacing
 
 if TYPE_CHECKING:
     from ppl_seg.data.labels import LabelTable
@@ -51,14 +51,14 @@ def qc_figure(segmentation: Segmentation, path: str | Path) -> None:
     the structures at their largest.
     """
     seg = segmentation
-    scan, spacing = _to_ras(np.nan_to_num(np.asarray(seg.image.data, np.float32)), seg.image.affine)
-    positions, _ = _to_ras(np.asarray(seg.table.to_positions(seg.label_map)), seg.image.affine)
-    entropy, _ = _to_ras(seg.entropy, seg.image.affine)
-    window = _intensity_window(scan)
+    scan, spacing = to_ras(np.nan_to_num(np.asarray(seg.image.data, np.float32)), seg.image.affine)
+    positions, _ = to_ras(np.asarray(seg.table.to_positions(seg.label_map)), seg.image.affine)
+    entropy, _ = to_ras(seg.entropy, seg.image.affine)
+    window = intensity_window(scan)
     single = [axis for axis in range(3) if scan.shape[axis] == 1]
     axes_shown = single[:1] or [0, 1, 2]
     slices = best_slices(positions[None], len(seg.table))
-    extents = [_extent(scan.shape, spacing, axis) for axis in axes_shown]
+    extents = [extent_of(scan.shape, spacing, axis) for axis in axes_shown]
     width, shown = max(w for w, _ in extents), set()
     with matplotlib.rc_context(STYLE):
         column = 2.9
@@ -67,14 +67,14 @@ def qc_figure(segmentation: Segmentation, path: str | Path) -> None:
         grid = figure.subplots(len(axes_shown), 3, squeeze=False, gridspec_kw={"height_ratios": heights})
         for row, axis in zip(grid, axes_shown, strict=True):
             at = slices[axis]
-            grey = np.clip((_slice(scan, axis, at) - window[0]) / (window[1] - window[0]), 0, 1)
-            labels = _slice(positions, axis, at)
+            grey = np.clip((slice_of(scan, axis, at) - window[0]) / (window[1] - window[0]), 0, 1)
+            labels = slice_of(positions, axis, at)
             shown |= set(np.unique(labels).tolist())
-            pictures = (grey, _overlay(grey, labels, seg.table), _slice(entropy, axis, at))
+            pictures = (grey, _overlay(grey, labels, seg.table), slice_of(entropy, axis, at))
             for ax, picture, name in zip(row, pictures, ("Scan", "Segmentation", "Entropy"), strict=True):
-                extent = _extent(scan.shape, spacing, axis)
+                extent = extent_of(scan.shape, spacing, axis)
                 options = {"cmap": "magma", "vmax": ENTROPY_MAX} if name == "Entropy" else {"cmap": "gray", "vmax": 1}
-                drawn = _show(ax, picture, extent, (width, extent[1]), vmin=0, **options)
+                drawn = show_slice(ax, picture, extent, (width, extent[1]), vmin=0, **options)
                 if axis == axes_shown[0]:
                     ax.set_title(name)
             row[0].set_ylabel(PLANES[axis])
@@ -107,12 +107,12 @@ def draws_figure(
     maps = np.asarray(label_maps)[:columns]
     if maps.ndim == 3:
         maps = maps[..., None]
-    turned = [_to_ras(volume, affine) for volume in maps]
+    turned = [to_ras(volume, affine) for volume in maps]
     volumes, spacing = np.stack([volume for volume, _ in turned]), turned[0][1]
     single = [axis for axis in range(3) if volumes.shape[axis + 1] == 1]
     axes_shown = single[:1] or [0, 1, 2]
     slices = best_slices(volumes, len(table))
-    extents = [_extent(volumes.shape[1:], spacing, axis) for axis in axes_shown]
+    extents = [extent_of(volumes.shape[1:], spacing, axis) for axis in axes_shown]
     width = max(w for w, _ in extents)
     colors = _colors(table)
     with matplotlib.rc_context(STYLE):
@@ -123,9 +123,9 @@ def draws_figure(
         shown = set()
         for row, axis, extent in zip(grid, axes_shown, extents, strict=True):
             for number, (ax, volume) in enumerate(zip(row, volumes, strict=True)):
-                labels = _slice(volume, axis, slices[axis])
+                labels = slice_of(volume, axis, slices[axis])
                 shown |= set(np.unique(labels).tolist())
-                _show(ax, colors[labels], extent, (width, extent[1]))
+                show_slice(ax, colors[labels], extent, (width, extent[1]))
                 if axis == axes_shown[0]:
                     ax.set_title(names[number] if names else f"draw {number + 1}")
             row[0].set_ylabel(PLANES[axis])
@@ -152,7 +152,7 @@ def best_slices(positions: np.ndarray, num_labels: int) -> list[int]:
     return [int(np.argmax(np.bincount(foreground[:, axis], weights=weights))) for axis in (1, 2, 3)]
 
 
-def _to_ras(volume: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def to_ras(volume: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The volume turned to the closest right-anterior-superior order of axes, and its spacing."""
     affine = np.asarray(affine, np.float64)
     order = nib.orientations.io_orientation(affine)
@@ -162,18 +162,19 @@ def _to_ras(volume: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndar
     return nib.orientations.apply_orientation(np.asarray(volume), order), spacing
 
 
-def _slice(volume: np.ndarray, axis: int, at: int) -> np.ndarray:
+def slice_of(volume: np.ndarray, axis: int, at: int) -> np.ndarray:
     """Slice with the vertical axis first, as pictures have it."""
     return np.take(volume, at, axis=axis).T
 
 
-def _extent(shape: Sequence[int], spacing: np.ndarray, axis: int) -> tuple[float, float]:
+def extent_of(shape: Sequence[int], spacing: np.ndarray, axis: int) -> tuple[float, float]:
     """Width and height of a slice in mm."""
     across, up = (other for other in range(3) if other != axis)
     return float(shape[across] * spacing[across]), float(shape[up] * spacing[up])
 
 
-def _intensity_window(scan: np.ndarray) -> tuple[float, float]:
+def intensity_window(scan: np.ndarray) -> tuple[float, float]:
+    """The intensities shown as black and white."""
     values = scan[scan != 0]
     if not values.size:
         return 0.0, 1.0
@@ -206,7 +207,9 @@ def _overlay(grey: np.ndarray, labels: np.ndarray, table: LabelTable) -> np.ndar
     return (1 - strength) * grey[..., None] + strength * colors
 
 
-def _show(ax: Any, picture: np.ndarray, size: tuple[float, float], room: tuple[float, float], **options: Any) -> Any:
+def show_slice(
+    ax: Any, picture: np.ndarray, size: tuple[float, float], room: tuple[float, float], **options: Any
+) -> Any:
     """Picture of `size` mm in the middle of a black panel of `room` mm, so that all panels have one scale."""
     drawn = ax.imshow(picture, origin="lower", extent=(0, size[0], 0, size[1]), interpolation="nearest", **options)
     ax.set_facecolor("black")

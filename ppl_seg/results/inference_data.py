@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ppl_seg.results.atomic import replacing
+from ppl_seg.files import write_bytes
 
 if TYPE_CHECKING:
     from ppl_seg.results.segmentation import Segmentation
@@ -53,21 +53,21 @@ def to_arviz(segmentation: Segmentation) -> Any:
     }
     data = _from_dict(groups, dims, coords)
     for group in groups:
+        data[group].attrs.pop("created_at", None)  # the same segmentation is the same file
         data[group].attrs.update(_attributes(seg))
     return data
 
 
 def write_posterior(segmentation: Segmentation, path: str | Path) -> None:
     """Write `to_arviz(segmentation)` to the netCDF file `path`, whole or not at all."""
+    import xarray
+
     data = to_arviz(segmentation)
-    with replacing(path) as temporary:
-        if hasattr(data, "children"):  # DataTree; InferenceData compresses by itself
-            encoding = {
-                f"/{group}": {name: {"zlib": True} for name in node.data_vars} for group, node in data.children.items()
-            }
-            data.to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
-        else:
-            data.to_netcdf(str(temporary), engine="h5netcdf")
+    if not isinstance(data, xarray.DataTree):  # InferenceData
+        data = xarray.DataTree.from_dict({name: data[name] for name in data.groups()})
+    encoding = {f"/{name}": {key: {"zlib": True} for key in node.data_vars} for name, node in data.children.items()}
+    content = data.to_netcdf(engine="h5netcdf", encoding=encoding)  # in memory: HDF5 crashes where the disk is full
+    write_bytes(path, bytes(content))
 
 
 def _attributes(seg: Segmentation) -> dict[str, Any]:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-
-from ppl_seg.errors import InputError
-from ppl_seg.results.tables import read_table
 
 if TYPE_CHECKING:
     from ppl_seg.data.labels import LabelTable
 
 COLUMNS = ("structure", "dice", "hd95_mm", "asd_mm", "volume_mm3", "truth_volume_mm3", "missed")
+ORTHOGONAL = 1e-4  # cosine between voxel axes up to which they count as at right angles
 
 
 class Interval(NamedTuple):
@@ -24,27 +21,6 @@ class Interval(NamedTuple):
     mean: float
     low: float
     high: float
-
-
-def read_groups(path: str | Path) -> dict[str, tuple[int, ...]]:
-    """Group table (TSV: index, group): structure -> label values scored as one, in order of appearance.
-
-    Raises:
-        InputError: missing column, an index that is no integer, or one in two groups.
-    """
-    groups: dict[str, tuple[int, ...]] = {}
-    seen: dict[int, str] = {}
-    for line, row in enumerate(read_table(path, ("index", "group")), start=2):
-        try:
-            index = int(row["index"])
-        except ValueError:
-            raise InputError(f"{path}, line {line}: expected an integer index, found {row['index']!r}") from None
-        name = row["group"]
-        if seen.setdefault(index, name) != name:
-            raise InputError(f"{path}, line {line}: index {index} is in {seen[index]} and in {name}; keep one")
-        if index not in groups.get(name, ()):
-            groups[name] = (*groups.get(name, ()), index)
-    return groups
 
 
 def structures_of_table(table: LabelTable) -> dict[str, tuple[int, ...]]:
@@ -56,7 +32,7 @@ def structures_of_table(table: LabelTable) -> dict[str, tuple[int, ...]]:
 def evaluate_pair(
     segmentation: np.ndarray,
     truth: np.ndarray,
-    spacing: Sequence[float],
+    affine: np.ndarray,
     structures: Mapping[str, Sequence[int]],
 ) -> list[dict[str, Any]]:
     """One row (COLUMNS) a structure; a structure is the union of its label values.
@@ -68,17 +44,17 @@ def evaluate_pair(
 
     Args:
         segmentation, truth: (X, Y, Z) label values on one grid.
-        spacing: (3,) mm.
+        affine: (4, 4), voxel index to mm; it may be sheared.
 
     Raises:
-        ValueError: different shapes, or a spacing of another length.
+        ValueError: different shapes, or no (4, 4) affine.
     """
-    if segmentation.shape != truth.shape or len(spacing) != truth.ndim:
+    if segmentation.shape != truth.shape or truth.ndim != 3 or np.shape(affine) != (4, 4):
         raise ValueError(
-            f"expected two label maps of one shape and a spacing for each axis, found {segmentation.shape}, "
-            f"{truth.shape} and {tuple(spacing)}"
+            f"expected two label maps (X, Y, Z) of one shape and an affine (4, 4), found {segmentation.shape}, "
+            f"{truth.shape} and {np.shape(affine)}"
         )
-    voxel_volume = float(np.prod(spacing))
+    voxel_volume = float(abs(np.linalg.det(affine[:3, :3])))
     rows = []
     for name, values in structures.items():
         found, wanted = np.isin(segmentation, values), np.isin(truth, values)
@@ -86,7 +62,7 @@ def evaluate_pair(
         dice, hd95, asd = float("nan"), float("nan"), float("nan")
         if all(sizes):
             dice = 2.0 * int((found & wanted).sum()) / sum(sizes)
-            hd95, asd = surface_distances(found, wanted, spacing)
+            hd95, asd = surface_distances(found, wanted, affine[:3, :3])
         elif any(sizes):
             dice = 0.0
         numbers = (dice, hd95, asd, sizes[0] * voxel_volume, sizes[1] * voxel_volume)
@@ -95,28 +71,51 @@ def evaluate_pair(
     return rows
 
 
-def surface_distances(first: np.ndarray, second: np.ndarray, spacing: Sequence[float]) -> tuple[float, float]:
-    """95th percentile Hausdorff and average symmetric surface distance, mm, of two non-empty masks."""
+def surface_distances(first: np.ndarray, second: np.ndarray, axes: np.ndarray) -> tuple[float, float]:
+    """95th percentile Hausdorff and average symmetric surface distance, mm, of two non-empty masks.
+
+    Args:
+        first, second: (X, Y, Z) bool.
+        axes: (3, 3), the step along each voxel axis in mm, one a column.
+    """
     import torch
     from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
 
     either = first | second
     window: list[slice | int] = []
-    kept: list[float] = []
+    kept: list[int] = []
     for axis, length in enumerate(either.shape):
         others = tuple(other for other in range(either.ndim) if other != axis)
         hits = np.flatnonzero(either.any(axis=others))
         window.append(slice(hits[0], hits[-1] + 1) if length > 1 else 0)
         if length > 1:
-            kept.append(float(spacing[axis]))
+            kept.append(axis)
     # the crop may end at the structure: what is beyond counts as outside, here as at the array's own border
-    crops = (np.ascontiguousarray(mask[tuple(window)]) for mask in (first, second))
-    one, two = (torch.from_numpy(crop)[None, None] for crop in crops)
+    one, two = (np.ascontiguousarray(mask[tuple(window)]) for mask in (first, second))
+    steps = np.asarray(axes, np.float64)[:, kept]
+    products = steps.T @ steps
+    spacing = np.sqrt(np.diag(products))
+    if np.abs(products - np.diag(np.diag(products))).max() > ORTHOGONAL * spacing.max() ** 2:
+        return _sheared_distances(one, two, steps)
+    images = [torch.from_numpy(mask)[None, None] for mask in (one, two)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MONAI's deprecations; nothing here is empty
-        hausdorff = compute_hausdorff_distance(one, two, include_background=True, percentile=95, spacing=kept)
-        average = compute_average_surface_distance(one, two, include_background=True, symmetric=True, spacing=kept)
+        hausdorff = compute_hausdorff_distance(*images, include_background=True, percentile=95, spacing=list(spacing))
+        average = compute_average_surface_distance(
+            *images, include_background=True, symmetric=True, spacing=list(spacing)
+        )
     return float(hausdorff), float(average)
+
+
+def _sheared_distances(first: np.ndarray, second: np.ndarray, steps: np.ndarray) -> tuple[float, float]:
+    """`surface_distances` where the voxel axes are not at right angles: MONAI knows spacings alone."""
+    from scipy.ndimage import binary_erosion
+    from scipy.spatial import cKDTree
+
+    one, two = (np.argwhere(mask & ~binary_erosion(mask)) @ steps.T for mask in (first, second))
+    there, back = cKDTree(two).query(one)[0], cKDTree(one).query(two)[0]
+    hausdorff = max(np.percentile(there, 95), np.percentile(back, 95))
+    return float(hausdorff), float(np.concatenate([there, back]).mean())
 
 
 def bootstrap_interval(

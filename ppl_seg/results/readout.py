@@ -1,38 +1,53 @@
-"""From draws of z and θ to label marginals, whole segmentations and volumes, in the scan's own voxels."""
+"""From draws of z and θ to label marginals, whole segmentations and volumes, in the scan's own voxels.
+
+The scan is read block by block, for a group of draws at once: what a voxel takes from the prior's grid does not depend
+on the draw. Nothing of size draws × labels × voxels is ever there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_seg.data.resampling import inside, resample
+from ppl_seg.data.resampling import blur_kernels, whole_voxels, within
 from ppl_seg.models.draws import draw_categories
 from ppl_seg.models.intensity import IntensityParameters
 from ppl_seg.models.segmentation import SegmentationModel
+from ppl_seg.models.shape_prior import ShapePrior
+from ppl_seg.results.blocks import BLOCK, blocks, compact, linear_rows, positions, ravel, unravel, weighted_rows
 
 ReadoutName = Literal["marginals", "decoder"]
+Run = Callable[..., Iterator[Any]]  # `map`, or that of a pool of threads
+GROUP = 5 * 2**20  # numbers: label probabilities of a block for the draws that are read together; they stay in cache
+SCORES = 2**27  # numbers: label scores of those draws, as the decoder computes them
+SLAB = 2**27  # numbers: label marginals that are summed at a time; each slab of voxels decodes the draws anew
 
 
 @dataclass(frozen=True)
 class Readout:
     """What the draws say, in the scan's own voxels (X, Y, Z).
 
-    labels: argmax of the marginals, positions. marginals: (M, X, Y, Z), averaged over draws of z. entropy: nats.
-    counts: (S, M) voxels of each label in each drawn segmentation. draws: (S, X, Y, Z) positions, uint8 or int16, or
-    None. log_likelihood: (S,) log p(x | z) of each draw over the scan's own observed voxels, β not applied.
+    labels: argmax of the marginals, positions. confidence: its marginal probability. entropy: of the marginals, nats.
+    counts: (S, M) voxels of each label in each drawn segmentation. log_likelihood: (S,) log p(x | z) of each draw over
+    the scan's own observed voxels, β not applied. draws: (S, X, Y, Z) positions, uint8 or int16, or None. marginals:
+    (M, X, Y, Z), averaged over draws of z, or None.
     """
 
     labels: Tensor
-    marginals: Tensor
+    confidence: Tensor
     entropy: Tensor
     counts: Tensor
-    draws: Tensor | None
     log_likelihood: Tensor
+    draws: Tensor | None = None
+    marginals: Tensor | None = None
 
 
 def read_out(
@@ -44,64 +59,200 @@ def read_out(
     matrix: np.ndarray,
     name: ReadoutName = "marginals",
     keep_draws: bool = False,
+    keep_marginals: bool = False,
+    region: Tensor | None = None,
+    share: float = 1.0,
 ) -> Readout:
     """Read S draws of z out.
 
     f and the weight maps are brought to the scan's own voxels and responsibilities computed from its own intensities
-    (probabilities interpolated back from a 2 mm grid lose 0.06 Dice, hard labels 0.12). Outside the prior's grid the
-    label is background with probability 1.
+    (probabilities interpolated back from a 2 mm grid lose 0.06 Dice, hard labels 0.12). Outside the region and outside
+    the prior's grid the label is background with probability 1.
 
     Args:
         model: the program. z: (S, D). theta: of this scan, (1, ...), maps on the prior's grid.
-        scan: normalised, (C, X, Y, Z). observed: bool, same shape.
+        scan: normalised, (C, X, Y, Z). observed: bool, same shape; where nothing is, r = f.
         matrix: (4, 4), voxel of the prior's grid → voxel of the scan.
         name: what marginals and label map come from: `marginals`, r; `decoder`, f. Drawn segmentations are from r.
-        keep_draws: keep every drawn segmentation.
+        keep_draws, keep_marginals: keep every drawn segmentation, the label marginals.
+        region: bool, (X, Y, Z), the mask: what may be something else than background; None for everything.
+        share: of the usual working memory; less takes longer.
     """
-    own = tuple(scan.shape[1:])
-    grid = (*model.shape_prior.grid, 1)[:3]  # a 2-D grid is one slice
-    to_grid = np.linalg.inv(matrix)  # own voxel → grid voxel
-    within = inside(to_grid, grid, own, scan.device).flatten()
-    maps = theta.background_log_weight
-    if maps is not None:
-        weights = resample(maps.exp().unflatten(1, grid), to_grid, own, outside=1.0 / maps.shape[0]).flatten(1)
-        theta = theta.with_maps(weights.clamp(min=1e-12).log())
-    flat, seen = torch.where(observed, scan, 0.0).flatten(1)[None], observed.flatten(1)[None]
-    with torch.no_grad():
-        log_likelihood = model.intensity.label_log_prob(flat, seen, theta)[0]  # (M, J)
-        peak = log_likelihood.amax(0)
-        likelihood = (log_likelihood - peak).exp()
-        any_seen = seen[0].any(0) & within
-        total = torch.zeros_like(likelihood)
-        counts, draws, log_evidence = [], [], []
-        for f in _decoded(model, z):
-            f = resample(f.view(-1, *grid), to_grid, own).flatten(1)
-            f[0] = torch.where(within, f[0], 1.0)
-            joint = f * likelihood
-            evidence = joint.sum(0).clamp(min=torch.finfo(joint.dtype).tiny)
-            log_evidence.append(torch.where(any_seen, evidence.log() + peak, 0.0).sum())
-            r = joint / evidence
-            total += f if name == "decoder" else r
-            drawn = draw_categories(r)
-            counts.append(torch.bincount(drawn, minlength=len(r)))
-            if keep_draws:
-                draws.append(drawn.to(torch.uint8 if len(r) <= 256 else torch.int16).view(own))
-        marginals = total / total.sum(0)
-        entropy = -torch.special.xlogy(marginals, marginals).sum(0)
+    own, total, count = tuple(scan.shape[1:]), scan[0].numel(), model.shape_prior.num_labels
+    reader = _Reader(model, theta.detach(), scan, observed, matrix, name)
+    todo = reader.blocks(torch.ones_like(observed[0]) if region is None else region)
+    labels = torch.zeros(total, dtype=torch.int64, device=scan.device)
+    confidence, entropy = scan.new_ones(total), scan.new_zeros(total)
+    counts = torch.zeros(len(z), count, dtype=torch.int64)
+    counts[:, 0] = total - sum(map(len, todo))
+    log_likelihood = torch.zeros(len(z), dtype=torch.float64)
+    draws = scan.new_zeros(len(z), total, dtype=torch.uint8 if count <= 256 else torch.int16) if keep_draws else None
+    marginals = scan.new_zeros(count, total) if keep_marginals else None
+    if marginals is not None:
+        marginals[0] = 1.0
+    with torch.no_grad(), _workers(scan.device) as run:
+        for slab in _slabs(todo, int(share * SLAB) // count):
+            sums = [scan.new_zeros(count, len(voxels)) for voxels in slab]
+            for first, scores in _decoded(model.shape_prior, z, share, run):
+                some = slice(first, first + scores.shape[-1])
+                read = partial(reader.read, scores, None if draws is None else draws[some])
+                for drawn, evidence in run(read, slab, sums, torch.randint(2**62, (len(slab),)).tolist()):
+                    counts[some] += drawn
+                    log_likelihood[some] += evidence
+            for voxels, of_block in zip(slab, sums, strict=True):
+                of_block /= of_block.sum(0)
+                labels[voxels] = best = first_argmax(of_block)
+                confidence[voxels] = of_block.gather(0, best[None])[0]
+                entropy[voxels] = -torch.special.xlogy(of_block, of_block).sum(0)
+                if marginals is not None:
+                    marginals[:, voxels] = of_block
     return Readout(
-        labels=first_argmax(marginals).view(own),
-        marginals=marginals.unflatten(1, own),
+        labels=labels.view(own),
+        confidence=confidence.view(own),
         entropy=entropy.view(own),
-        counts=torch.stack(counts),
-        draws=torch.stack(draws) if keep_draws else None,
-        log_likelihood=torch.stack(log_evidence),
+        counts=counts,
+        log_likelihood=log_likelihood,
+        draws=None if draws is None else draws.unflatten(1, own),
+        marginals=None if marginals is None else marginals.unflatten(1, own),
     )
 
 
-def _decoded(model: SegmentationModel, z: Tensor, batch: int = 8) -> Iterator[Tensor]:
-    """f on the prior's grid, (M, *grid), draw by draw; decoded a few at a time, which is faster."""
-    for some in z.split(batch):
-        yield from model.shape_prior.log_label_probs(some).exp()
+class _Reader:
+    """What every block needs: the program, θ, the scan, and where its voxels lie on the prior's grid."""
+
+    def __init__(
+        self,
+        model: SegmentationModel,
+        theta: IntensityParameters,
+        scan: Tensor,
+        observed: Tensor,
+        matrix: np.ndarray,
+        name: ReadoutName,
+    ) -> None:
+        self.intensity, self.theta, self.name = model.intensity, theta, name
+        self.own = tuple(scan.shape[1:])
+        self.grid = (*model.shape_prior.grid, 1)[:3]  # a 2-D grid is one slice
+        self.log_location = model.shape_prior.log_location_prior.flatten(1)
+        self.scan, self.observed = torch.where(observed, scan, 0.0).flatten(1), observed.flatten(1)
+        to_grid = np.linalg.inv(matrix)  # own voxel → grid voxel
+        whole = whole_voxels(to_grid, self.own)
+        self.to_grid = to_grid if whole is None else whole.astype(np.float64)
+        self.kernels = blur_kernels(self.to_grid)  # voxels larger than the grid's see their surroundings
+
+    def blocks(self, region: Tensor) -> list[Tensor]:
+        """The own voxels that lie in the region and on the grid, flat indices, block by block."""
+        sizes = torch.tensor(self.grid, dtype=torch.float64, device=region.device)
+        found = []
+        for box in blocks(self.own, np.linalg.norm(self.to_grid[:3, :3], axis=0).tolist()):
+            corner = torch.tensor([side.start for side in box], device=region.device)
+            voxels = ravel(region[box].nonzero() + corner, self.own)
+            voxels = voxels[within(positions(voxels, self.own, self.to_grid), sizes)]
+            if len(voxels):
+                found.append(voxels)
+        return found
+
+    @torch.no_grad()
+    def read(
+        self, scores: Tensor, draws: Tensor | None, voxels: Tensor, sums: Tensor, seed: int
+    ) -> tuple[Tensor, Tensor]:
+        """Read one block for a group of G draws.
+
+        Args:
+            scores: (M, *coarse grid, G). draws: (G, J), to be filled, or None. voxels: flat indices (V,).
+            sums: (M, V), to which marginals are added. seed: of the drawn labels.
+
+        Returns:
+            counts, (G, M), of the drawn labels; log p(x | z) of the block's observed voxels, (G,) float64.
+        """
+        labels, group = len(scores), scores.shape[-1]
+        index, weight = linear_rows(positions(voxels, self.own, self.to_grid), self.grid, self.kernels)
+        weight = weight.to(sums.dtype)
+        corners, index = compact(index, self.log_location.shape[1])
+        f = self._label_probs(scores, corners)  # (M, N, G), on the corners
+        likelihood, peak = self._likelihood(voxels, corners, index, weight)
+        r = weighted_rows(f, index, weight * likelihood.unsqueeze(-1))  # f p(x | label), (M, V, G)
+        evidence = r.sum(0).clamp_(min=torch.finfo(r.dtype).tiny)
+        r /= evidence
+        sums += weighted_rows(f.sum(-1, keepdim=True), index, weight)[..., 0] if self.name == "decoder" else r.sum(-1)
+        generator = torch.Generator(voxels.device).manual_seed(seed)
+        drawn = draw_categories(r.flatten(1), generator).view(-1, group)
+        if draws is not None:
+            draws[:, voxels] = drawn.T.to(draws.dtype)
+        drawn += labels * torch.arange(group, device=drawn.device)
+        counts = torch.bincount(drawn.flatten(), minlength=labels * group).view(group, labels)
+        seen = self.observed[:, voxels].any(0)
+        log_likelihood = (evidence.log_() + peak.unsqueeze(-1))[seen].sum(0, dtype=torch.float64)
+        return counts.cpu(), log_likelihood.cpu()
+
+    def _label_probs(self, scores: Tensor, corners: Tensor) -> Tensor:
+        """f at some voxels of the prior's grid, (M, N, G)."""
+        coarse = scores.shape[1:-1]
+        ratio = torch.tensor([c / n for c, n in zip(coarse, self.grid, strict=True)], dtype=torch.float64)
+        places = unravel(corners, self.grid).double()
+        index, weight = linear_rows((places + 0.5) * ratio.to(places.device) - 0.5, coarse)  # as `enlarge`
+        f = weighted_rows(scores.flatten(1, -2), index, weight.to(scores.dtype))
+        f += self.log_location[:, corners, None]
+        f -= f.amax(0)
+        f.exp_()
+        f /= f.sum(0)
+        return f
+
+    def _likelihood(self, voxels: Tensor, corners: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """p(x | label) of own voxels over its peak, (M, V), and the peak's logarithm, (V,)."""
+        theta = self.theta
+        if theta.background_log_weight is not None:
+            maps = weighted_rows(theta.background_log_weight[:, corners].exp().unsqueeze(-1), index, weight)
+            theta = theta.with_maps(maps[..., 0].clamp(min=1e-12).log())
+        scan, seen = self.scan[None, :, voxels], self.observed[None, :, voxels]
+        log_likelihood = self.intensity.label_log_prob(scan, seen, theta)[0]
+        peak = log_likelihood.amax(0)
+        return (log_likelihood - peak).exp(), peak
+
+
+def _decoded(shape: ShapePrior, z: Tensor, share: float, run: Run) -> Iterator[tuple[int, Tensor]]:
+    """Label scores as the decoder computes them, (M, *coarse grid, G), of a group of draws, and its first draw."""
+    decode = torch.no_grad()(shape.coarse_scores)  # the other threads know nothing of this one's no_grad
+    probe = decode(z[:1])
+    group = max(1, min(GROUP // (BLOCK * probe.shape[1]), int(share * SCORES) // probe.numel()))
+    coarse = (*probe.shape[2:], 1)[:3]
+    for first in range(0, len(z), group):
+        some = z[first : first + group]
+        scores = probe.new_empty(probe.shape[1], *coarse, len(some))
+        for start in range(0, len(some), 8):
+            # turned round eight at a time
+            parts = list(run(decode, some[start : start + 8].split(shape.at_once)))
+            scores[..., start : start + 8] = torch.cat(parts).view(-1, probe.shape[1], *coarse).movedim(0, -1)
+        yield first, scores
+        del scores
+
+
+def _slabs(todo: list[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """Blocks together as long as they have no more than `size` voxels."""
+    slab: list[Tensor] = []
+    voxels = 0
+    for block in todo:
+        if slab and voxels + len(block) > size:
+            yield slab
+            slab, voxels = [], 0
+        slab.append(block)
+        voxels += len(block)
+    if slab:
+        yield slab
+
+
+@contextmanager
+def _workers(device: torch.device) -> Iterator[Run]:
+    """A `map` over as many threads as torch has: operations on a block are too small to be shared between them."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield map
+        return
+    torch.set_num_threads(1)  # here too: OpenMP's own threads wait by turning, on the cores that the pool's need
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool.map
+    finally:
+        torch.set_num_threads(threads)
 
 
 def first_argmax(values: Tensor) -> Tensor:

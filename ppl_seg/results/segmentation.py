@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from ppl_seg.data.alignment import Alignment
     from ppl_seg.data.images import Image
     from ppl_seg.data.labels import LabelTable
 
@@ -30,6 +31,7 @@ class Segmentation:
         z_draws: (S, D) latent shapes.
         observed_scan: (C, *grid) normalised scan on the prior's grid, what inference saw.
         observed: (1 or C, *grid) bool, where the scan has information.
+        alignment: where the prior's grid lies in the scan, and how well, or None where nothing was aligned.
         sample_stats: name -> (S,) numbers of the draws.
         bound: name -> number, the bound and its terms.
         provenance: sources, model_hash, version, seed, options, seconds; optionally scan (a name for the
@@ -50,6 +52,7 @@ class Segmentation:
     z_draws: np.ndarray
     observed_scan: np.ndarray
     observed: np.ndarray
+    alignment: Alignment | None = None
     sample_stats: dict[str, np.ndarray] = field(default_factory=dict)
     bound: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ppl_seg.errors import InputError
-from ppl_seg.results.atomic import write_text
+from ppl_seg.files import write_text
 
 Cell = str | float | int | bool | None
 Row = dict[str, Cell]
@@ -28,13 +28,18 @@ def format_cell(value: Cell) -> str:
 
 def write_table(path: str | Path, rows: Iterable[Mapping[str, Cell]], columns: Sequence[str] | None = None) -> None:
     """Write `rows` as TSV, whole or not at all; `columns` default to the keys in order of appearance."""
+    write_text(path, table_text(rows, columns))
+
+
+def table_text(rows: Iterable[Mapping[str, Cell]], columns: Sequence[str] | None = None) -> str:
+    """`rows` as TSV; `columns` default to the keys in order of appearance."""
     rows = list(rows)
     names = list(columns) if columns is not None else list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
     writer = csv.writer(text, delimiter="\t", lineterminator="\n")
     writer.writerow(names)
     writer.writerows([format_cell(row.get(name)) for name in names] for row in rows)
-    write_text(path, text.getvalue())
+    return text.getvalue()
 
 
 def read_table(path: str | Path, required: Sequence[str] = ()) -> list[dict[str, str]]:

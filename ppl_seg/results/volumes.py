@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ppl_seg.data.fields import brain_labels
+
 if TYPE_CHECKING:
     from ppl_seg.data.labels import LabelTable
     from ppl_seg.results.segmentation import Segmentation
 
 COLUMNS = ("scan", "structure", "volume_mm3", "q05", "q50", "q95", "draws", "touches_border", "quality")
-BRAIN_COLUMN = "brain_volume_mm3"
+SIZE_COLUMNS = ("brain_volume_mm3", "prior_scale")
 
 
 def border_flags(label_map: np.ndarray, table: LabelTable, field_of_view: np.ndarray | None = None) -> np.ndarray:
@@ -36,17 +38,15 @@ def border_flags(label_map: np.ndarray, table: LabelTable, field_of_view: np.nda
     return np.isin(np.asarray(table.indices), at_border)
 
 
-def label_quality(positions: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+def label_quality(positions: np.ndarray, confidence: np.ndarray, labels: int) -> np.ndarray:
     """Mean marginal probability of each label over the voxels that carry it, (M,); NaN for absent labels.
 
     Args:
-        positions: (...) label map as positions of the table.
-        probabilities: (M, ...) label marginals.
+        positions: (...) label map as positions of the table. confidence: (...) marginal probability of those labels.
+        labels: M.
     """
-    chosen = np.take_along_axis(probabilities, positions[None], axis=0)[0].astype(np.float64)
-    labels = len(probabilities)
     counts = np.bincount(positions.ravel(), minlength=labels)
-    sums = np.bincount(positions.ravel(), weights=chosen.ravel(), minlength=labels)
+    sums = np.bincount(positions.ravel(), weights=confidence.ravel(), minlength=labels)
     return np.divide(sums, counts, out=np.full(labels, np.nan), where=counts > 0)
 
 
@@ -82,12 +82,40 @@ def volume_rows(segmentation: Segmentation, scan: str | None = None) -> list[dic
     ]
 
 
-def wide_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row a scan: scan, brain volume (sum of all structures), one column of mm³ a structure."""
+def wide_rows(
+    rows: Iterable[Mapping[str, Any]], sizes: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[dict[str, Any]]:
+    """One row a scan: scan, its `head_size` from `sizes` (None where unknown), one column of mm³ a structure."""
     scans: dict[str, dict[str, Any]] = {}
     for row in rows:
-        volume = float(row["volume_mm3"])
-        wide = scans.setdefault(str(row["scan"]), {"scan": row["scan"], BRAIN_COLUMN: 0.0})
-        wide[BRAIN_COLUMN] += volume
-        wide[str(row["structure"])] = volume
+        scan = str(row["scan"])
+        own = (sizes or {}).get(scan, {})
+        wide = scans.setdefault(scan, {"scan": scan, **{name: own.get(name) for name in SIZE_COLUMNS}})
+        wide[str(row["structure"])] = float(row["volume_mm3"])
     return list(scans.values())
+
+
+def head_size(segmentation: Segmentation) -> dict[str, float | None]:
+    """What volumes are divided by to correct for the size of heads, for volumes_wide.tsv.
+
+    brain_volume_mm3: the sum of the structures that belong to the brain by their FreeSurfer names (of all, where no
+    name is known), ventricles with them, fluid around the brain (CSF) not; None for crops (provenance `field`).
+    prior_scale: volume of the scan's brain over that of the prior's, the determinant of an affine alignment; None
+    for other alignments.
+    """
+    seg = segmentation
+    brain = brain_labels(seg.table) & np.array([name.lower() != "csf" for name in seg.table.names])
+    voxels = np.isin(seg.label_map, seg.table.indices[brain]).sum()
+    crop = seg.provenance.get("field", "crop") == "crop"
+    affine = seg.alignment if seg.alignment is not None and seg.alignment.kind == "affine" else None
+    return {
+        "brain_volume_mm3": None if crop else float(voxels * seg.image.voxel_volume),
+        "prior_scale": None if affine is None else float(abs(np.linalg.det(affine.world[:3, :3]))),
+    }
+
+
+def mean_quality(segmentation: Segmentation) -> float | None:
+    """One number a scan: mean marginal probability of the label map over its structures' voxels; None without any."""
+    rows = [row for row in volume_rows(segmentation) if row["volume_mm3"] > 0 and row["quality"] is not None]
+    total = sum(row["volume_mm3"] for row in rows)
+    return float(sum(row["quality"] * row["volume_mm3"] for row in rows) / total) if total else None

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from ppl_seg.data.cohort import find_label_maps, find_scans
+from ppl_seg.data.cohort import Selection, check_output_apart, find_label_maps, find_masks, find_scans
 from ppl_seg.data.images import read_label_map, read_scan
+from ppl_seg.data.names import output_location
 from ppl_seg.errors import InputError
 
 
@@ -93,11 +94,103 @@ def test_raw_bids_dataset(tree):
         find_scans([root])
 
 
-def test_freesurfer_trees_come_later(tree):
-    root = tree("bert/mri/orig.mgz", "bert/mri/aseg.mgz", "fred/mri/orig.mgz")
-    with pytest.raises(InputError, match=r"a FreeSurfer tree; give the files"):
-        find_scans([root])
-    assert len(find_scans([f"{root}/*/mri/orig.mgz"])) == 2
+def test_a_folder_of_a_dataset(tree):
+    root = tree("ds/sub-1/anat/sub-1_T1w.nii", "ds/sub-1/func/sub-1_bold.nii", "ds/extra/sub-1_T2w.nii", "x/y_T1w.nii")
+    (root / "ds" / "dataset_description.json").write_text("{}")
+    assert names(find_scans([root / "ds" / "sub-1"])) == ["sub-1_T1w.nii"]
+    assert names(find_scans([root], suffix="T1w")) == ["sub-1_T1w.nii", "y_T1w.nii"]
+    assert names(find_scans([root / "ds" / "extra"])) == ["sub-1_T2w.nii"]
+    tree("ds/derivatives/manual/sub-1/anat/sub-1_dseg.nii.gz")
+    with pytest.raises(InputError, match="no label maps .* its derivatives are not looked at, give their folder"):
+        find_label_maps([root / "ds"])
+    manual = root / "ds" / "derivatives" / "manual"
+    (manual / "dataset_description.json").write_text('{"DatasetType": "derivative"}')
+    assert names(find_label_maps([manual])) == ["sub-1_dseg.nii.gz"]
+
+
+def test_linked_folders_are_followed_once(tree):
+    root = tree("archive/sub-1_T1w.nii", "study/sub-2_T1w.nii")
+    (root / "study" / "sub-1").symlink_to(root / "archive")
+    (root / "archive" / "loop").symlink_to(root / "study")
+    assert names(find_scans([root / "study"])) == ["sub-1_T1w.nii", "sub-2_T1w.nii"]
+
+
+def test_freesurfer_subjects(tree, caplog):
+    caplog.set_level("INFO", "ppl_seg")
+    every = ("orig", "nu", "aseg", "brainmask", "aparc+aseg")
+    volumes = [f"{name}/mri/{volume}.mgz" for name in ("bert", "sub-02_ses-1", "fsaverage") for volume in every]
+    root = tree(*volumes, "early/mri/orig/001.mgz", "broken/scripts/recon-all.error", "runs/scripts/IsRunning.lh+rh")
+    tree("broken/mri/orig.mgz", "runs/mri/orig.mgz", "runs/mri/aseg.mgz", "late/mri/orig.mgz", "lh.orig.mgz.txt")
+
+    scans = find_scans([root])
+    assert [str(scan.path.relative_to(root)) for scan in scans] == [
+        "bert/mri/orig.mgz", "late/mri/orig.mgz", "sub-02_ses-1/mri/orig.mgz",
+    ]  # fmt: skip
+    assert sorted(record.message.removeprefix(f"{root}/") for record in caplog.records) == [
+        "broken: recon-all ended with an error; skipped",
+        "early: no mri/orig.mgz; skipped",
+        "fsaverage: FreeSurfer's template; skipped",
+        "runs: recon-all is not finished; skipped",
+    ]
+    assert [output_location(scan.path, scan.base) for scan in scans] == [
+        (Path("bert/mri"), "orig"),
+        (Path("late/mri"), "orig"),
+        (Path("sub-02/ses-1/anat"), "sub-02_ses-1_seg-ppl_desc-orig"),
+    ]
+    assert output_location(root / "bert/mri/orig.mgz") == (Path("bert/mri"), "orig")
+    assert names(find_scans([root], suffix="nu")) == ["nu.mgz", "nu.mgz"]
+    assert names(find_scans([root / "bert"])) == ["orig.mgz"]
+    assert [len(f.paths) for f in find_scans([root], channels=["nu", "orig"])] == [2, 2]
+    maps = find_label_maps([root])
+    assert [str(found.path.relative_to(root)) for found in maps] == ["bert/mri/aseg.mgz", "sub-02_ses-1/mri/aseg.mgz"]
+    assert len(find_label_maps([f"{root}/*/mri/aparc+aseg.mgz"])) == 2  # without fsaverage
+    assert names(find_masks(root)) == ["brainmask.mgz", "brainmask.mgz"]
+    with pytest.raises(InputError, match=r"several contrasts .* nu \(2\), orig \(3\)"):
+        find_scans([f"{root}/*/mri/[no]*.mgz"])
+    assert names(find_scans([root], selection=Selection(participants=("bert",)))) == ["orig.mgz"]
+    with pytest.raises(InputError, match="no scans in this folder"):
+        find_scans([root / "early"])
+
+
+def test_participants_and_sessions(tree):
+    root = tree(*(f"sub-{p}/sub-{p}_ses-{s}_T1w.nii" for p in ("01", "02") for s in (1, 2)), "plain.nii")
+    (root / "plain.nii").rename(root / "plain_T1w.nii")
+
+    def chosen(participants=(), sessions=()) -> list[str]:
+        return names(find_scans([root], "T1w", (), Selection(participants, sessions)))
+
+    assert chosen(("sub-01",)) == ["sub-01_ses-1_T1w.nii", "sub-01_ses-2_T1w.nii"]
+    assert chosen(("02", "01"), ("ses-2",)) == ["sub-01_ses-2_T1w.nii", "sub-02_ses-2_T1w.nii"]
+    assert len(chosen()) == 5 and len(chosen((), ("1",))) == 2
+    with pytest.raises(InputError, match="--participant-label 1, 9: no such participant; there are: 01, 02"):
+        chosen(("01", "1", "9"))
+    with pytest.raises(InputError, match="--session-label 3: no such session; there are: 1, 2"):
+        chosen(("01",), ("3",))
+    tree("m/sub-01_ses-1_dseg.nii", "m/sub-02_ses-1_dseg.nii")
+    assert names(find_label_maps([root / "m"], Selection(("01",)))) == ["sub-01_ses-1_dseg.nii"]
+
+
+def test_annexed_files_of_equal_content_are_two(tree):
+    root = tree("notes.txt")
+    for name in ("sub-1_T1w.nii.gz", "sub-2_T1w.nii.gz"):
+        (root / name).symlink_to(".git/annex/objects/aa/bb/KEY/KEY")
+    assert len(find_scans([root])) == 2
+
+
+def test_either_name_of_a_pair(tree):
+    root = tree("a.hdr", "a.img")
+    assert names(find_scans([root])) == ["a.hdr"]
+    with pytest.raises(InputError, match="given twice"):
+        find_scans([root / "a.hdr", root / "a.img"])
+
+
+def test_the_output_folder_is_not_an_input_folder(tree):
+    root = tree("s/a/sub-1_T1w.nii")
+    found = find_scans([root / "s"])
+    check_output_apart(found, root / "out")
+    for out in (root / "s", root / "s" / "a", f"{root}/s/a/../a/"):
+        with pytest.raises(InputError, match="the output folder is a folder of inputs"):
+            check_output_apart(found, out)
 
 
 def test_channels(tree):
@@ -113,6 +206,14 @@ def test_channels(tree):
         ["sub-1_FLAIR.nii", "sub-1_T1w.nii"],
         ["sub-2_ses-1_FLAIR.nii", "sub-2_ses-1_T1w.nii"],
     ]
+    assert found[0].contrasts == ("FLAIR", "T1w") and find_scans([root], suffix="T1w")[0].contrasts == ()
+    with pytest.raises(InputError, match="give one of the two"):
+        find_scans([root], "T1w", ["FLAIR", "T1w"])
+    three = ",".join(str(root / f"sub-2_ses-1_{c}.nii") for c in ("FLAIR", "T1w")) + f",{root / 'c.nii'}"
+    tree("c.nii")
+    with pytest.raises(InputError, match=r"3 channels, .*sub-1_FLAIR.nii has 2"):
+        find_scans([f"{root / 'sub-1_FLAIR.nii'},{root / 'sub-1_T1w.nii'}", three])
+    (root / "c.nii").unlink()
     tree("sub-1_run-2_T1w.nii")
     with pytest.raises(InputError, match="sub-1: expected one T1w scan, found .*sub-1_.*, .*sub-1_"):
         find_scans([root], channels=["FLAIR", "T1w"])

@@ -251,7 +251,7 @@ def test_bad_files(save, tmp_path):
     with pytest.raises(InputError, match="a folder"):
         read_scan(tmp_path)
     (tmp_path / "h.nii.gz").symlink_to("../.git/annex/objects/aa/bb/KEY/KEY")
-    with pytest.raises(InputError, match="datalad get h.nii.gz"):
+    with pytest.raises(InputError, match="datalad get .*h.nii.gz"):
         read_scan(tmp_path / "h.nii.gz")
     (tmp_path / "i.nii.gz").symlink_to("nowhere")
     with pytest.raises(InputError, match="a link to nowhere"):

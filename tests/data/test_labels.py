@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from ppl_seg.data.freesurfer import class_of_name, structures
-from ppl_seg.data.labels import LabelTable, apply_map, make_entry, merge_sides
-from ppl_seg.data.tables import read_table, read_value_map, table_for
+from ppl_seg.data.labels import LabelTable, apply_map, composed, make_entry, merge_sides
+from ppl_seg.data.tables import read_groups, read_table, read_value_map, table_for
 from ppl_seg.errors import InputError
 
 
@@ -77,6 +77,10 @@ def test_freesurfer_lut(tmp_path):
         ("index\tname\n1\t\n", "line 2: the name of index 1 is empty"),
         ("index\tname\tcolor\n1\ta\tred\n", "line 2: expected a colour as #rrggbb, found 'red'"),
         ("index\tname\n1\ta\tb\n", "line 2: 3 cells for 2 columns"),
+        ("index\tname\n1\ta\n9999999999\tb\n", "line 3: expected the index to fit 32 bits"),
+        ("index\tname\n" + "9" * 5000 + "\tb\n", "line 2: expected the index to fit 32 bits, found 9{20}"),
+        ("1 a 0 0 0 0\n2 b 0 256 0 0\n", "line 2: expected colours of 0 to 255, found 0 256 0"),
+        ("1\thippocampus\n", "tables of another kind begin with a line that names the columns"),
     ],
 )
 def test_bad_tables(tmp_path, text, message):
@@ -84,8 +88,14 @@ def test_bad_tables(tmp_path, text, message):
     with pytest.raises(InputError, match=message) as caught:
         read_table(path)
     assert str(caught.value).startswith(str(path))
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="missing.tsv: no such file"):
         read_table(tmp_path / "missing.tsv")
+    (tmp_path / "annexed.tsv").symlink_to(".git/annex/objects/aa/bb/KEY/KEY")
+    with pytest.raises(InputError, match="datalad get .*annexed.tsv"):
+        read_table(tmp_path / "annexed.tsv")
+    path.write_bytes(b"\xff\xfe\x00index")
+    with pytest.raises(InputError, match="not a text file in UTF-8"):
+        read_table(path)
 
 
 def test_positions_and_back():
@@ -99,24 +109,69 @@ def test_positions_and_back():
 
 
 def test_table_for_without_a_file():
-    table, messages = table_for([0, 2, 1])
+    table, _, messages = table_for([0, 2, 1])
     assert table.names == ("Background", "label-1", "label-2") and table.class_of_label == (0, 1, 2)
     assert "label-1, label-2" in messages[0]
-    table, messages = table_for([2, 3, 4, 10, 41, 42, 43, 49, 0, 900])
+    table, _, messages = table_for([2, 3, 4, 10, 41, 42, 43, 49, 0, 900])
     assert table.names[1] == "Left-Cerebral-White-Matter" and table.names[-1] == "label-900"
     assert table.class_of_label == (0, 1, 2, 3, 4, 1, 2, 3, 4, 5)
     assert "FreeSurfer" in messages[0] and "900" in messages[1]
     assert len({*table.colors}) > 4 and table.colors[4] == (0, 118, 14)
-    table, _ = table_for([2, 3, 4, 10, 41, 42, 43, 900])  # seven of its values are not enough
+    table, _, _ = table_for([2, 3, 4, 10, 41, 42, 43, 900])  # seven of its values are not enough
     assert table.names[1] == "label-2"
 
 
 def test_table_for_with_a_file(tmp_path):
     path = write(tmp_path, "index\tname\n0\tBG\n1\tA\n2\tB\n3\tC\n")
-    table, messages = table_for([1, 3], path)
+    table, _, messages = table_for([1, 3], path)
     assert table.names == ("BG", "A", "C") and messages == []
     with pytest.raises(InputError, match=r"labels.tsv: values 8 are not in the label table"):
         table_for([1, 8], path)
+
+
+ASEG = [2, 3, 4, 10, 11, 12, 41, 42, 43]
+
+
+def test_parcels_become_what_aseg_has(tmp_path):
+    """aparc+aseg, aparc.a2009s+aseg and wmparc, with values that FreeSurfer's lookup table names."""
+    cortex, white = [1000, 1035, 11101, 11175], [3001, 5001, 13175]
+    right = {2030: 42, 12101: 42, 4030: 41, 5002: 41, 14101: 41}
+    table, parcels, messages = table_for([*ASEG, *cortex, *white, *right, 251])
+    assert parcels == dict.fromkeys(cortex, 3) | dict.fromkeys(white, 2) | right
+    assert table.indices.tolist() == [0, *ASEG, 251]
+    assert "12 cortical and white matter parcels" in messages[-1] and "become aseg's 2, 3, 41, 42" in messages[-1]
+    # parcels alone name the whole; foreign values stay
+    table, parcels, _ = table_for([4, 10, 11, 12, 43, 49, 1001, 2001, 3001, 4001, 7777])
+    assert set(table.indices) == {0, 2, 3, 4, 10, 11, 12, 41, 42, 43, 49, 7777} and len(parcels) == 4
+    # not FreeSurfer's: a table of few values, or one whose 3 is something else
+    assert table_for([3, 1001])[1] == {}
+    path = write(tmp_path, "index\tname\n3\tHeart\n1001\tAorta\n")
+    assert table_for([3, 1001], path)[1] == {}
+    with pytest.raises(InputError, match="values 1002 are not in the label table"):
+        table_for([3, 1002], path)
+    # a table that lists a parcel keeps it
+    path = write(tmp_path, "index\tname\n3\tLeft-Cerebral-Cortex\n1001\tctx-lh-bankssts\n")
+    table, parcels, _ = table_for([1001, 1002], path)
+    assert parcels == {1002: 3} and table.indices.tolist() == [0, 3, 1001]
+
+
+def test_maps_one_after_the_other():
+    first, then = {1: 5, 2: 0}, {5: 7, 2: 9, 8: 7}
+    data = np.array([0, 1, 2, 5, 8, 9])
+    np.testing.assert_array_equal(apply_map(data, composed(first, then)), apply_map(apply_map(data, first), then))
+
+
+def test_groups(tmp_path):
+    path = write(tmp_path, "index\tgroup\r\n17\tHippocampus\r\n\r\n3\tCortex\r\n53\tHippocampus\r\n", "utf-8-sig")
+    assert read_groups(path) == {"Hippocampus": (17, 53), "Cortex": (3,)}
+    for text, message in (
+        ("index\tgroup\n\n17\tA\n17\tB\n", "line 4: index 17 is in A and in B"),
+        ("index\tname\n17\tA\n", "line 1: missing column group"),
+        ("index\tgroup\nx\tA\n", "line 2: expected an integer as index"),
+        ("index\tgroup\n1\t\n", "line 2: the group of index 1 is empty"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read_groups(write(tmp_path, text))
 
 
 def test_maps(tmp_path):
@@ -155,9 +210,9 @@ def test_merge_sides():
 
 
 def test_json_and_tsv(tmp_path):
-    table, _ = table_for([2, 3, 4, 10, 41, 42, 43, 49, 900])
+    table, _, _ = table_for([2, 3, 4, 10, 41, 42, 43, 49, 900])
     assert LabelTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
-    table.write_tsv(tmp_path / "seg-ppl_dseg.tsv")
+    (tmp_path / "seg-ppl_dseg.tsv").write_text(table.to_tsv())
     lines = (tmp_path / "seg-ppl_dseg.tsv").read_text().splitlines()
     assert lines[0] == "index\tname\tcolor" and lines[5] == "10\tLeft-Thalamus\t#00760e"
     assert read_table(tmp_path / "seg-ppl_dseg.tsv").colors == table.colors

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ppl_seg.data.cohort import Found
 from ppl_seg.data.images import Image
-from ppl_seg.data.masks import mask_of, observed_mask
+from ppl_seg.data.masks import masks_of, observed_mask
 from ppl_seg.errors import InputError
 
 from .conftest import noise
@@ -63,10 +64,41 @@ def test_a_mask_image(save):
         observed_mask(scan(data), save("m_mask.nii.gz", mask))
 
 
-def test_masks_match_by_entities():
-    masks = [Path(f"m/sub-0{n}_ses-1_desc-brain_mask.nii.gz") for n in (1, 2)]
-    assert mask_of(Path("s/sub-02_ses-1_run-1_T1w.nii.gz"), masks) == masks[1]
-    with pytest.raises(InputError, match="found none"):
-        mask_of(Path("sub-03_T1w.nii.gz"), masks)
-    with pytest.raises(InputError, match="found m/.*, m/"):
-        mask_of(Path("sub-01_T1w.nii.gz"), [masks[0], Path("m/sub-01_ses-2_mask.nii.gz")])
+def masks_below(root: Path, scans: list[str], mask: Path | str) -> list[str]:
+    found = masks_of([Found((root / scan,), root) for scan in scans], mask)
+    return [str(path.relative_to(root)) if isinstance(path, Path) else path for path in found]
+
+
+def test_masks_match_their_scans(tmp_path):
+    def touch(*names: str) -> None:
+        for name in names:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).touch()
+
+    masks = [f"m/sub-0{n}_ses-1_desc-brain_mask.nii.gz" for n in (1, 2)]
+    touch(*masks, "m/sub-02_ses-1_T1w.nii.gz")
+    scan = "sub-02_ses-1_run-1_T1w.nii.gz"
+    assert masks_below(tmp_path, [scan], tmp_path / "m") == masks[1:]
+    assert masks_below(tmp_path, [scan], f"{tmp_path}/m/*_desc-brain_mask.nii.gz") == masks[1:]
+    assert masks_below(tmp_path, [scan], tmp_path / masks[0]) == masks[:1]  # one file is for one scan
+    assert masks_below(tmp_path, ["a.nii", scan], "none") == ["none", "none"]
+    with pytest.raises(InputError, match="one mask for 2 scans"):
+        masks_below(tmp_path, [scan, "a.nii"], tmp_path / masks[0])
+    with pytest.raises(InputError, match="sub-03_T1w.nii.gz: expected one mask .* found none"):
+        masks_below(tmp_path, ["sub-03_T1w.nii.gz"], tmp_path / "m")
+    touch("m/sub-01_ses-2_mask.nii.gz")
+    with pytest.raises(InputError, match="found .*ses-1.*, .*ses-2"):
+        masks_below(tmp_path, ["sub-01_T1w.nii.gz"], tmp_path / "m")
+    with pytest.raises(InputError, match="no such file or folder"):
+        masks_below(tmp_path, [scan], tmp_path / "gone")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no masks"):
+        masks_below(tmp_path, [scan], tmp_path / "empty")
+
+    touch("plain/site/p1.nii.gz", "plain/site/p2.nii.gz", "fs/bert/mri/orig.mgz", "fs/bert/mri/brainmask.mgz")
+    scans = [Found((tmp_path / "s" / "site" / "p2.nii.gz",), tmp_path / "s")]
+    assert masks_of(scans, tmp_path / "plain") == [tmp_path / "plain/site/p2.nii.gz"]
+    touch("plain/site/p2_mask.nii.gz", "plain/site/p1_mask.nii.gz")
+    assert masks_of(scans, tmp_path / "plain") == [tmp_path / "plain/site/p2_mask.nii.gz"]
+    scans = [Found((tmp_path / "fs/bert/mri/orig.mgz",), tmp_path / "fs")]
+    assert masks_of(scans, tmp_path / "fs") == [tmp_path / "fs/bert/mri/brainmask.mgz"]

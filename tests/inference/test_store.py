@@ -73,9 +73,9 @@ def test_truncated_file_is_named(model: Path) -> None:
 
 
 def test_other_format_version(model: Path) -> None:
-    edit(model / "config.json", format_version=2)
+    edit(model / "config.json", format_version=3)
     for read in (load_model_files, model_hash):
-        with pytest.raises(InputError, match="config.json: format version 2 found, 1 expected"):
+        with pytest.raises(InputError, match="config.json: format version 3 found, 2 expected"):
             read(model)
 
 

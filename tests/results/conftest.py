@@ -64,7 +64,7 @@ def make_segmentation(tmp_path: Path) -> Callable[..., Segmentation]:
                 "version": "0.1.0",
                 "seed": 3,
                 "options": {"draws": draws, "channels": ("T1w",)},
-                "seconds": 1.5,
+                "seconds": {"read": 0.5, "infer": 1.0},
                 "quality": {names[0]: 0.8},
             },
         }

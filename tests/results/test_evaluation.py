@@ -117,6 +117,25 @@ def test_two_folders_of_equal_names_stay_apart(save: Save, tmp_path: Path) -> No
     assert {row["person"] for row in found.rows} == {"sub-1"}
 
 
+def test_outputs_of_freesurfer_subjects_match_the_subjects(save: Save, tmp_path: Path) -> None:
+    parcels = label_map()
+    parcels[8:, :, :] = 3
+    truth = parcels.astype(np.int32)
+    truth[8:, :5, :] = 1001
+    for subject in ("bert", "fred"):
+        save(f"seg/{subject}/mri/orig_dseg.nii.gz", parcels)
+        path = tmp_path / "subjects" / subject / "mri" / "aseg.mgz"
+        path.parent.mkdir(parents=True)
+        nib.save(nib.MGHImage(truth, np.eye(4)), path)
+    labels = tmp_path / "seg" / TABLE
+    labels.write_text("index\tname\n3\tLeft-Cerebral-Cortex\n17\tLeft-Hippocampus\n53\tRight-Hippocampus\n")
+    found = evaluate(tmp_path / "seg", tmp_path / "subjects")
+    assert found.unmatched == [] and {row["dice"] for row in found.rows} == {1.0}
+    assert [row["structure"] for row in found.summary][0] == "Left-Cerebral-Cortex"
+    assert {row["person"] for row in found.rows} == {"bert", "fred"}
+    assert "1 cortical and white matter parcels" in found.messages[1]
+
+
 def test_absent_structures(save: Save, tmp_path: Path) -> None:
     only_one = np.where(label_map() == 17, 17, 0).astype(np.uint8)
     seg = save("seg/sub-1_dseg.nii.gz", only_one), save("seg/sub-2_dseg.nii.gz", only_one)
@@ -157,7 +176,7 @@ def test_bad_inputs(folders: tuple[Path, Path], tmp_path: Path) -> None:
         evaluate(tmp_path / "none", truth)
     with pytest.raises(InputError, match="a folder; give a file"):
         evaluate(seg, truth, out=tmp_path)
-    with pytest.raises(InputError, match="cannot"):
+    with pytest.raises(InputError, match="none.tsv: no such file"):
         evaluate(seg, truth, groups=tmp_path / "none.tsv")
 
 

@@ -54,9 +54,9 @@ def test_qc_puts_left_on_the_left(make_segmentation, tmp_path, monkeypatch):
     import ppl_seg.results.figures as figures
 
     shown = []
-    original = figures._show
+    original = figures.show_slice
     monkeypatch.setattr(
-        figures, "_show", lambda ax, picture, *a, **k: shown.append(picture) or original(ax, picture, *a, **k)
+        figures, "show_slice", lambda ax, picture, *a, **k: shown.append(picture) or original(ax, picture, *a, **k)
     )
     seg = make_segmentation()
     seg.image.data[:] = 0

@@ -5,20 +5,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
+from scipy.spatial.transform import Rotation
 
-from ppl_seg.errors import InputError
 from ppl_seg.results.metrics import (
     bootstrap_interval,
     evaluate_pair,
     paired_difference_interval,
-    read_groups,
     structures_of_table,
     summary_rows,
     surface_distances,
 )
-from tests.reference.surfaces import average_distance, hd95
+from tests.reference.surfaces import average_distance, boundary, hd95
 
 ONE = {"a": (1,)}
+
+
+def affine(*spacing: float) -> np.ndarray:
+    return np.diag([*(spacing or (1.0, 1.0, 1.0)), 1.0])
 
 
 def cube(start: int, shape: tuple[int, ...] = (12, 12, 12), side: int = 4) -> np.ndarray:
@@ -34,7 +37,7 @@ def blob(seed: int, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def test_a_cube_shifted_by_one_voxel():
-    (row,) = evaluate_pair(cube(3), cube(4), (2.0, 1.0, 1.0), ONE)
+    (row,) = evaluate_pair(cube(3), cube(4), affine(2.0, 1.0, 1.0), ONE)
     assert row["dice"] == pytest.approx(0.75)  # three of four layers are shared
     assert row["hd95_mm"] == pytest.approx(2.0)
     assert (row["volume_mm3"], row["truth_volume_mm3"], row["missed"]) == (128.0, 128.0, 0)
@@ -43,40 +46,56 @@ def test_a_cube_shifted_by_one_voxel():
 def test_two_points_are_as_far_as_they_are():
     first, second = np.zeros((8, 8, 8), int), np.zeros((8, 8, 8), int)
     first[1, 1, 1] = second[4, 1, 5] = 1
-    (row,) = evaluate_pair(first, second, (1.0, 2.0, 1.0), ONE)
+    (row,) = evaluate_pair(first, second, affine(1.0, 2.0, 1.0), ONE)
     assert (row["dice"], row["hd95_mm"], row["asd_mm"]) == (0.0, 5.0, 5.0)
     assert row["missed"] == 0
 
 
 def test_equal_maps_have_no_distance():
-    (row,) = evaluate_pair(cube(3), cube(3), (1.0, 1.0, 1.0), ONE)
+    (row,) = evaluate_pair(cube(3), cube(3), affine(), ONE)
     assert (row["dice"], row["hd95_mm"], row["asd_mm"]) == (1.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("shape", [(14, 9, 11), (20, 16)])
-def test_distances_are_those_of_scipy(seed: int, shape: tuple[int, ...]):
-    spacing = (0.7, 1.3, 2.1)[: len(shape)]
+def test_distances_are_those_of_scipy(seed: int):
+    spacing, shape = (0.7, 1.3, 2.1), (14, 9, 11)
     first, second = blob(seed, shape), blob(seed + 100, shape)  # they reach the border of the array
-    found = surface_distances(first, second, spacing)
+    found = surface_distances(first, second, np.diag(spacing))
     expected = hd95(first, second, spacing), average_distance(first, second, spacing)
     assert found == pytest.approx(expected, rel=1e-5)
+    turn = Rotation.from_euler("xyz", (20, -30, 50), degrees=True).as_matrix()
+    assert surface_distances(first, second, turn @ np.diag(spacing)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_single_slice_is_scored_in_two_dimensions():
     first, second = blob(0, (20, 16)), blob(1, (20, 16))
-    found = surface_distances(first[:, None], second[:, None], (1.0, 9.0, 2.0))
-    assert found == pytest.approx(surface_distances(first, second, (1.0, 2.0)))
-    assert found[0] == pytest.approx(hd95(first, second, (1.0, 2.0)), rel=1e-5)
+    found = surface_distances(first[:, None], second[:, None], np.diag([1.0, 9.0, 2.0]))
+    assert found == pytest.approx((hd95(first, second, (1.0, 2.0)), average_distance(first, second, (1.0, 2.0))))
+
+
+def test_sheared_axes():
+    """By brute force over all pairs of boundary voxels, and a volume that is not the product of the spacings."""
+    axes = np.array([[1.0, 0.4, 0.0], [0.0, 1.5, -0.3], [0.0, 0.0, 2.0]])
+    first, second = blob(3, (9, 8, 7)), blob(7, (9, 8, 7))
+    places = [np.argwhere(boundary(mask)) @ axes.T for mask in (first, second)]
+    between = np.linalg.norm(places[0][:, None] - places[1][None], axis=-1)
+    there, back = between.min(1), between.min(0)
+    expected = max(np.percentile(there, 95), np.percentile(back, 95)), np.concatenate([there, back]).mean()
+    assert surface_distances(first, second, axes) == pytest.approx(expected, rel=1e-12)
+
+    sheared = np.eye(4)
+    sheared[:3, :3] = axes
+    (row,) = evaluate_pair(first.astype(int), second.astype(int), sheared, ONE)
+    assert row["volume_mm3"] == pytest.approx(first.sum() * 3.0)  # the product of the column lengths is 3.17
 
 
 def test_absent_structures():
     empty = np.zeros((12, 12, 12), int)
-    (both,) = evaluate_pair(empty, empty, (1.0, 1.0, 1.0), ONE)
+    (both,) = evaluate_pair(empty, empty, affine(), ONE)
     assert np.isnan([both["dice"], both["hd95_mm"], both["asd_mm"]]).all()
     assert (both["volume_mm3"], both["missed"]) == (0.0, 0)
     for pair in ((empty, cube(3)), (cube(3), empty)):
-        (row,) = evaluate_pair(*pair, (1.0, 1.0, 1.0), ONE)
+        (row,) = evaluate_pair(*pair, affine(), ONE)
         assert (row["dice"], row["missed"]) == (0.0, 1)
         assert np.isnan([row["hd95_mm"], row["asd_mm"]]).all()
 
@@ -85,30 +104,16 @@ def test_values_of_a_group_are_one_structure():
     truth = cube(3)
     parts = truth.copy()
     parts[5:][parts[5:] == 1] = 2
-    (row,) = evaluate_pair(parts, np.where(truth, 2, 0), (1.0, 1.0, 1.0), {"both": (1, 2)})
+    (row,) = evaluate_pair(parts, np.where(truth, 2, 0), affine(), {"both": (1, 2)})
     assert row["dice"] == 1.0
 
 
 def test_different_shapes_are_refused():
     with pytest.raises(ValueError, match="one shape"):
-        evaluate_pair(np.zeros((2, 2, 2)), np.zeros((2, 2, 3)), (1.0, 1.0, 1.0), ONE)
+        evaluate_pair(np.zeros((2, 2, 2)), np.zeros((2, 2, 3)), affine(), ONE)
 
 
-def test_group_tables(tmp_path, make_segmentation):
-    path = tmp_path / "groups.tsv"
-    path.write_bytes(b"\xef\xbb\xbfindex\tgroup\r\n17\tHippocampus\r\n3\tCortex\r\n53\tHippocampus\r\n")
-    assert read_groups(path) == {"Hippocampus": (17, 53), "Cortex": (3,)}
-    path.write_text("index\tgroup\n17\tA\n17\tB\n")
-    with pytest.raises(InputError, match="line 3: index 17 is in A and in B"):
-        read_groups(path)
-    path.write_text("index\tname\n17\tA\n")
-    with pytest.raises(InputError, match="expected the columns index, group"):
-        read_groups(path)
-    path.write_text("index\tgroup\nx\tA\n")
-    with pytest.raises(InputError, match="line 2: expected an integer"):
-        read_groups(path)
-    with pytest.raises(InputError, match="cannot read"):
-        read_groups(tmp_path / "none.tsv")
+def test_structures_of_a_table(make_segmentation):
     table = make_segmentation().table
     assert structures_of_table(table) == {"Left-Hippocampus": (17,), "Right-Hippocampus": (53,)}
 

@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from ppl_seg.models.decoders import LocationDecoder
+from ppl_seg.models.decoders import LocationDecoder, build_decoder
 from ppl_seg.models.intensity import IntensityModel, IntensityParameters
 from ppl_seg.models.segmentation import SegmentationModel
 from ppl_seg.models.shape_prior import ShapePrior
+from ppl_seg.results import blocks as results_blocks
+from ppl_seg.results import readout
 from ppl_seg.results.readout import first_argmax, read_out
+from tests.reference.readout import read_out as slow_read_out
 
 SHAPE = (4, 3, 2)
 
@@ -54,7 +57,7 @@ def test_marginals_against_loops(maps: bool) -> None:
     model, theta = program(SHAPE, maps)
     scan, observed = scan_of(SHAPE)
     z = torch.tensor([[0.3, 0.4], [-1.0, 0.2]], dtype=torch.float64)
-    found = read_out(model, z, theta, scan, observed, np.eye(4), keep_draws=True)
+    found = read_out(model, z, theta, scan, observed, np.eye(4), keep_draws=True, keep_marginals=True)
     f = model.shape_prior.log_label_probs(z).exp()
     expected = torch.zeros(3, *SHAPE, dtype=torch.float64)
     for place in np.ndindex(*SHAPE):
@@ -82,7 +85,7 @@ def test_outside_the_grid_is_background() -> None:
     scan, observed = scan_of(bigger)
     matrix = np.eye(4)
     matrix[0, 3] = 2  # the grid's first voxel is the scan's third
-    found = read_out(model, torch.zeros(1, 2, dtype=torch.float64), theta, scan, observed, matrix)
+    found = read_out(model, torch.zeros(1, 2, dtype=torch.float64), theta, scan, observed, matrix, keep_marginals=True)
     outside = torch.cat([found.marginals[:, :2], found.marginals[:, 6:]], 1)
     assert torch.equal(outside[0], torch.ones_like(outside[0]))
     assert not bool((found.marginals[1:, 2:6] == 0).any())
@@ -94,8 +97,11 @@ def test_one_slice_is_2d(name: str) -> None:
     thick_model, _ = program((4, 3, 1), True)
     scan, observed = scan_of((4, 3, 1))
     z = torch.tensor([[0.3, 0.4]], dtype=torch.float64)
-    found = [read_out(m, z, theta, scan, observed, np.eye(4), name) for m in (flat_model, thick_model)]  # type: ignore[arg-type]
-    assert torch.equal(found[0].marginals, found[1].marginals)
+    flat, thick = (
+        read_out(model, z, theta, scan, observed, np.eye(4), name, keep_marginals=True)  # type: ignore[arg-type]
+        for model in (flat_model, thick_model)
+    )
+    assert torch.equal(flat.marginals, thick.marginals)  # type: ignore[arg-type]
 
 
 def test_the_location_decoder_reads_out_the_location_prior() -> None:
@@ -103,10 +109,102 @@ def test_the_location_decoder_reads_out_the_location_prior() -> None:
     location = model.shape_prior.log_location_prior.exp()
     alone = SegmentationModel(ShapePrior(location, LocationDecoder(2, 3, SHAPE), 2), model.intensity)
     scan, observed = scan_of(SHAPE)
-    found = read_out(alone, torch.zeros(2, 2, dtype=torch.float64), theta, scan, observed, np.eye(4), "decoder")
+    z = torch.zeros(2, 2, dtype=torch.float64)
+    found = read_out(alone, z, theta, scan, observed, np.eye(4), "decoder", keep_marginals=True)
     torch.testing.assert_close(found.marginals, location, rtol=1e-10, atol=1e-12)
 
 
 def test_first_argmax() -> None:
     values = torch.tensor([[1.0, 2.0, 3.0], [1.0, 3.0, 2.0], [0.0, 3.0, 4.0]])
     assert first_argmax(values).tolist() == values.argmax(0).tolist() == [0, 1, 2]
+
+
+def brain(labels: int = 5, grid: tuple[int, ...] = (12, 14, 10)) -> tuple[SegmentationModel, IntensityParameters]:
+    """A convolutional decoder of half resolution with an opinion, weight maps, labels that share classes."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    location = (2 * torch.randn(labels, *grid, generator=generator, dtype=torch.float64)).softmax(0)
+    decoder = build_decoder("convolutional", 3, labels, grid, width=4).double()
+    torch.nn.init.normal_(decoder.to_scores.weight, std=0.3)  # type: ignore[union-attr, arg-type]
+    shape = ShapePrior(location, decoder, 3)
+    shape.calibrate(torch.tensor([0.1, 0.2, -0.3]).double(), torch.diag(torch.tensor([0.5, 1.0, 2.0])).double())
+    intensity = IntensityModel([0, 1, 1, 2, 3][:labels], [2, 1, 1, 1], 2)
+    theta = IntensityParameters(
+        torch.rand(1, 5, 2, generator=generator, dtype=torch.float64),
+        0.1 + torch.rand(1, 5, 2, generator=generator, dtype=torch.float64),
+        torch.tensor([[0.4, 0.6, 1.0, 1.0, 1.0]], dtype=torch.float64).log(),
+        torch.randn(2, int(np.prod(grid)), generator=generator, dtype=torch.float64).log_softmax(0),
+    )
+    return SegmentationModel(shape.requires_grad_(False), intensity), theta
+
+
+def turned(angle: float, steps: tuple[float, float, float], shift: tuple[float, float, float]) -> np.ndarray:
+    """Grid voxel to scan voxel: turned about two axes, scaled, shifted."""
+    c, s = np.cos(angle), np.sin(angle)
+    matrix = np.eye(4)
+    matrix[:3, :3] = np.diag(steps) @ [[c, -s, 0], [s, c, 0], [0, 0, 1]] @ [[1, 0, 0], [0, c, s], [0, -s, c]]
+    matrix[:3, 3] = shift
+    return matrix
+
+
+PLACES = {
+    "finer, turned": (turned(0.1, (2.0, 2.1, 1.9), (1, -2, 0)), (25, 27, 19)),
+    "thick slices": (turned(0.05, (2.0, 2.0, 0.4), (0, 0, 0)), (25, 27, 4)),
+    "coarser": (turned(0.0, (0.5, 0.5, 0.5), (0, 0, 0)), (6, 7, 5)),
+    "shifted": (turned(0.0, (1.0, 1.0, 1.0), (2, -1, 3)), (13, 14, 12)),
+}
+
+
+@pytest.mark.parametrize("small", [False, True], ids=["at once", "in pieces"])
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+def test_against_the_whole_scan_at_once(
+    place: tuple[np.ndarray, tuple[int, int, int]], small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Marginals, label map, entropy, evidence; counts within 5 standard deviations of their expectation.
+
+    In pieces: groups of draws, slabs of blocks and blocks of voxels much smaller than the scan.
+    """
+    if small:
+        monkeypatch.setattr(readout, "GROUP", 3 * 5 * results_blocks.BLOCK)
+        monkeypatch.setattr(readout, "SLAB", 5 * 2000)
+        monkeypatch.setattr(results_blocks, "BLOCK", 400)
+    model, theta = brain()
+    matrix, own = place
+    generator = torch.Generator().manual_seed(5)
+    scan = torch.rand(2, *own, generator=generator, dtype=torch.float64)
+    observed = torch.rand(2, *own, generator=generator) > 0.3
+    region = torch.rand(own, generator=generator) > 0.1
+    z = torch.randn(7, 3, generator=generator, dtype=torch.float64)
+    torch.manual_seed(1)
+    r, f, evidence = slow_read_out(model, z, theta, scan, observed, matrix, region)
+    for name, expected in (("marginals", r), ("decoder", f)):
+        arguments = (model, z, theta, scan, observed, matrix, name)
+        found = read_out(*arguments, keep_draws=True, keep_marginals=True, region=region)  # type: ignore[arg-type]
+        torch.testing.assert_close(found.marginals, expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(found.log_likelihood, evidence, rtol=1e-9, atol=1e-9)
+        assert torch.equal(found.labels, expected.argmax(0))
+        torch.testing.assert_close(found.confidence, expected.amax(0), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(found.entropy, -torch.special.xlogy(expected, expected).sum(0))
+        assert found.draws is not None and bool((found.draws[:, ~region] == 0).all())
+        assert torch.equal(found.counts, torch.stack([d.flatten().long().bincount(minlength=5) for d in found.draws]))
+        mean, variance = r.flatten(1).sum(1), (r * (1 - r)).flatten(1).sum(1) / len(z)
+        assert bool(((found.counts.double().mean(0) - mean).abs() <= 5 * variance.sqrt() + 1e-9).all())
+    assert bool(found.labels[region].any())
+
+
+def test_the_seed_decides_whatever_the_threads() -> None:
+    model, theta = brain()
+    matrix, own = PLACES["shifted"]
+    scan, z = torch.rand(2, *own, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    threads, drawn = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            torch.manual_seed(0)
+            found = read_out(model, z, theta, scan, torch.ones_like(scan, dtype=torch.bool), matrix, keep_draws=True)
+            assert torch.get_num_threads() == count
+            drawn.append(found)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(drawn[0].draws, drawn[1].draws)  # type: ignore[arg-type]
+    assert torch.equal(drawn[0].log_likelihood, drawn[1].log_likelihood)

@@ -5,8 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from ppl_seg.data.alignment import Alignment
 from ppl_seg.data.labels import LabelTable, make_entry
-from ppl_seg.results.volumes import BRAIN_COLUMN, border_flags, label_quality, volume_rows, wide_rows
+from ppl_seg.results.volumes import (
+    border_flags,
+    head_size,
+    label_quality,
+    mean_quality,
+    volume_rows,
+    wide_rows,
+)
 
 TABLE = LabelTable(tuple(make_entry(value, f"label-{value}") for value in (3, 8)))
 
@@ -39,12 +47,41 @@ def test_the_property_gives_the_rows(make_segmentation):
     assert seg.volumes == volume_rows(seg)
 
 
-def test_wide_rows_sum_the_brain(make_segmentation):
+def test_wide_rows_have_the_size_of_the_head(make_segmentation):
     rows = [*volume_rows(make_segmentation(), "a"), *volume_rows(make_segmentation(), "b")]
-    wide = wide_rows(rows)
-    assert [row["scan"] for row in wide] == ["a", "b"]
-    assert wide[0][BRAIN_COLUMN] == pytest.approx(75.0)
-    assert wide[0]["Left-Hippocampus"] == pytest.approx(72.0)
+    wide = wide_rows(rows, {"b": {"brain_volume_mm3": 9.0, "prior_scale": 1.1}})
+    assert list(wide[0]) == ["scan", "brain_volume_mm3", "prior_scale", "Left-Hippocampus", "Right-Hippocampus"]
+    assert wide[0]["brain_volume_mm3"] is None and (wide[1]["brain_volume_mm3"], wide[1]["prior_scale"]) == (9.0, 1.1)
+
+
+@pytest.mark.parametrize(
+    ("names", "field", "expected"),
+    [
+        (("Left-Cerebral-White-Matter", "Right-Cerebral-Cortex"), "brain", 75.0),
+        (("Left-Cerebral-White-Matter", "Skull"), "head", 72.0),
+        (("Left-Cerebral-White-Matter", "CSF"), "brain", 72.0),
+        (("anterior", "posterior"), "brain", 75.0),
+        (("Left-Hippocampus", "Right-Hippocampus"), "crop", None),
+    ],
+)
+def test_brain_volume(make_segmentation, names, field, expected):
+    seg = make_segmentation(names=names)
+    sizes = head_size(replace(seg, provenance={"field": field}))
+    assert sizes == {"brain_volume_mm3": expected and pytest.approx(expected), "prior_scale": None}
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("affine", 1.1 * 1.2 * 0.9), ("rigid", None), ("center", None)])
+def test_scale_of_the_head(make_segmentation, kind, expected):
+    world = np.diag([1.1, -1.2, 0.9, 1.0])
+    aligned = replace(make_segmentation(), alignment=Alignment(kind, np.eye(4), world))
+    assert head_size(aligned)["prior_scale"] == (expected and pytest.approx(expected))
+
+
+def test_mean_quality_weighs_by_volume(make_segmentation):
+    seg = make_segmentation()
+    both = replace(seg, provenance={"quality": {"Left-Hippocampus": 0.9, "Right-Hippocampus": 0.4}})
+    assert mean_quality(both) == pytest.approx((0.9 * 72 + 0.4 * 3) / 75)
+    assert mean_quality(replace(seg, label_map=seg.label_map * 0)) is None
 
 
 def test_a_structure_in_the_middle_touches_no_border():
@@ -72,8 +109,7 @@ def test_a_single_slice_has_no_border_across():
 
 
 def test_quality_is_the_mean_probability_of_the_given_label():
-    probabilities = np.array([[0.9, 0.2, 0.4], [0.1, 0.8, 0.6], [0.0, 0.0, 0.0]])
-    quality = label_quality(np.array([0, 1, 1]), probabilities)
+    quality = label_quality(np.array([0, 1, 1]), np.array([0.9, 0.8, 0.6]), 3)
     assert quality[:2] == pytest.approx([0.9, 0.7]) and np.isnan(quality[2])
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import getpass
 import json
+import platform
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,10 +14,10 @@ import pytest
 
 from ppl_seg.data.names import output_location
 from ppl_seg.errors import InputError
-from ppl_seg.results.dataset import append_log, check_room, merge_volumes, write_dataset_files
+from ppl_seg.results.dataset import append_log, check_room, merged_volumes, write_dataset_files
 from ppl_seg.results.tables import read_table, write_table
 from ppl_seg.results.volumes import volume_rows
-from ppl_seg.results.writer import is_complete, recorded, write_segmentation
+from ppl_seg.results.writer import earlier_result, recorded, write_segmentation
 
 
 @pytest.fixture
@@ -49,8 +51,15 @@ def test_files_of_one_segmentation(make_segmentation, out):
     assert read_table(out / "seg-ppl_dseg.tsv")[1]["index"] == "17"
 
     sidecar = json.loads(by_name["dseg.json"].read_text())
-    assert (sidecar["ModelHash"], sidecar["Seed"], sidecar["Seconds"]) == ("abc", 3, 1.5)
-    assert sidecar["Sources"] == [str(seg.image.path)]
+    assert (sidecar["ModelHash"], sidecar["Seed"], sidecar["Command"]) == ("abc", 3, "Python API")
+    assert sidecar["Sources"] == [str(seg.image.path)] and len(sidecar["SourceHashes"][0]) == 64
+    assert list(sidecar["Seconds"]) == ["read", "infer", "write", "total"]
+    assert sidecar["Seconds"]["total"] == pytest.approx(1.5 + sidecar["Seconds"]["write"], abs=1e-3)
+    assert sidecar["Quality"] == pytest.approx(0.8)
+    stated = json.dumps(sidecar["Machine"])
+    assert "CPUs" in stated and platform.node() not in stated and getpass.getuser() not in stated
+    lut = (out / "seg-ppl_dseg_lut.txt").read_text().splitlines()
+    assert lut[2].split() == ["17", "Left-Hippocampus", "220", "216", "20", "0"]
 
 
 def test_volume_tables_merge_by_scan(make_segmentation, out):
@@ -68,33 +77,48 @@ def test_volume_tables_merge_by_scan(make_segmentation, out):
     }  # fmt: skip
     assert rows[1]["quality"] == "n/a" and rows[1]["touches_border"] == "true"
     wide = read_table(out / "volumes_wide.tsv")
-    assert len(wide) == 2 and wide[0]["brain_volume_mm3"] == "75.0000"
+    assert len(wide) == 2 and wide[0]["Left-Hippocampus"] == "72.0000"
+    assert wide[0]["brain_volume_mm3"] == "n/a"  # a hippocampus is no brain
 
 
-def test_complete_means_the_same_options_and_all_files(make_segmentation, out):
+def test_what_is_there_already(make_segmentation, out):
     seg, location = make_segmentation(), (Path("a"), "scan")
-    options = seg.provenance["options"]
-    assert recorded(out, location) is None and not is_complete(out, location, options)
+
+    def state(options=seg.provenance["options"], model_hash="abc", sources=(seg.image.path,), endings=()):
+        return earlier_result(out, location, options, model_hash, sources, endings)
+
+    assert recorded(out, location) is None and state() == "absent"
     write_segmentation(seg, out, location)
-    assert is_complete(out, location, options) and is_complete(out, location, options, model_hash="abc")
-    assert not is_complete(out, location, {**options, "draws": 6})
-    assert not is_complete(out, location, options, model_hash="other")
+    assert state() == "complete" == state(endings=["entropy.nii.gz"])
+    assert state(endings=["probseg.nii.gz"]) == "partial"
+    assert state(options={**seg.provenance["options"], "draws": 6}) == "other" == state(model_hash="other")
+    assert state(sources=(out / "seg-ppl_dseg.tsv",)) == "other" and state(sources=(out / "none",)) == "partial"
     (out / "a" / "scan_qc.png").unlink()
-    assert not is_complete(out, location, options) and recorded(out, location) is not None
+    assert state() == "partial"
 
 
-def test_an_interrupted_writing_is_not_complete(make_segmentation, out, monkeypatch):
+@pytest.mark.parametrize("broken", ["ppl_seg.results.figures.qc_figure", "ppl_seg.results.writer.head_size"])
+def test_an_interrupted_writing_leaves_what_was_there(make_segmentation, out, monkeypatch, broken):
     seg, location = make_segmentation(), (Path("a"), "scan")
     write_segmentation(seg, out, location)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ppl_seg.results.figures.qc_figure", fail)
+    monkeypatch.setattr(broken, fail)
     with pytest.raises(KeyboardInterrupt):
-        write_segmentation(seg, out, location)
-    assert not is_complete(out, location, seg.provenance["options"])
-    assert not [file for file in out.rglob("*") if file.name.startswith(".")]
+        write_segmentation(replace(seg, label_map=seg.label_map * 0), out, location)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_the_same_segmentation_is_the_same_files(make_segmentation, tmp_path):
+    seg = make_segmentation()
+    for name in ("one", "two"):
+        write_segmentation(seg, tmp_path / name, (Path("a"), "scan"), probabilities=True, save_draws=True)
+    for path in (tmp_path / "one").rglob("*"):
+        if path.is_file() and path.name != "scan_dseg.json":  # holds the seconds of its writing
+            assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes(), path
 
 
 def test_files_of_an_earlier_run_with_more_options_go(make_segmentation, out):
@@ -163,18 +187,25 @@ def test_log_lines_are_appended(out):
 
 
 def test_room_is_checked(out):
-    check_room(out, (10, 10, 10), 3)
+    check_room(out, 1000, 3)
     with pytest.raises(InputError, match="--probabilities"):
-        check_room(out, (100_000, 100_000, 100_000), 300)
+        check_room(out, 10**15, 300)
 
 
 def test_tables_keep_what_was_there(make_segmentation, out):
-    rows = volume_rows(make_segmentation(), "b")
-    merge_volumes(out, rows)
+    out.mkdir()
+
+    def merge(scan, **sizes):
+        for name, text in merged_volumes(out, volume_rows(make_segmentation(), scan), sizes).items():
+            (out / name).write_text(text)
+
+    merge("b", brain_volume_mm3=1.0)
     before = (out / "volumes.tsv").read_text()
-    merge_volumes(out, volume_rows(make_segmentation(), "a"))
-    merge_volumes(out, rows)
+    merge("a")
+    merge("b", brain_volume_mm3=2.0)
     assert (out / "volumes.tsv").read_text().endswith(before.split("\n", 1)[1])
+    wide = read_table(out / "volumes_wide.tsv")
+    assert [(row["scan"], row["brain_volume_mm3"]) for row in wide] == [("a", "n/a"), ("b", "2.0000")]
     write_table(out / "x.tsv", [{"a": float("nan"), "b": None}, {"c": True}])
     assert (out / "x.tsv").read_text() == "a\tb\tc\n\tn/a\tn/a\nn/a\tn/a\ttrue\n"
 

@@ -1,0 +1,84 @@
+"""The channels of one visit on the grid of the first: registered rigidly, resampled, checked."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ppl_seg.data.alignment import failed
+from ppl_seg.data.images import Image, same_grid
+from ppl_seg.data.registration import Level, Volume, centroid, coarse, register
+from ppl_seg.data.resampling import resample
+from ppl_seg.data.starts import Probe
+from ppl_seg.errors import InputError
+
+CHANNEL_KINDS = ("rigid", "none")
+_SPACING = 3.0  # mm of the channel that is registered
+_LEVELS = (Level(6.0, 10_000, 60), Level(_SPACING, 30_000, 60))
+_STEPS = 8  # of intensity in the first channel, where the two are compared for the check
+LEAST_SHARE = 0.3  # of the first channel's observed voxels that the other observes too
+
+
+def check_channel_alignment(kind: str) -> None:
+    """Raises InputError for an unknown way to bring channels together."""
+    if kind not in CHANNEL_KINDS:
+        raise InputError(f"--channel-align {kind}: unknown; use {' or '.join(CHANNEL_KINDS)}")
+
+
+def align_channel(
+    first: Image, seen_first: np.ndarray, other: Image, seen: np.ndarray, kind: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Another channel on the first one's grid: intensities float32 and observed, (X, Y, Z) both.
+
+    A channel of the first one's grid is taken to lie there already. Else it is registered rigidly by mutual
+    information (`rigid`), from what the headers say and from centroid on centroid, or the headers are trusted (`none`).
+    Outside its field of view a channel is unobserved.
+
+    Args:
+        seen_first, seen: observed voxels, bool, each on its own grid.
+
+    Raises:
+        InputError: the two hardly overlap, or do not resemble each other where registration put them.
+    """
+    data = np.where(seen, other.data, 0).astype(np.float32)
+    if same_grid(first, other):
+        return data, seen
+    world = np.eye(4)
+    if kind == "rigid":
+        world = _registered(first, seen_first, other, seen)
+    matrix = np.linalg.inv(other.affine) @ world @ first.affine
+    weight = resample(torch.from_numpy(seen.astype(np.float32))[None], matrix, first.shape)[0].numpy()
+    values = resample(torch.from_numpy(data)[None], matrix, first.shape)[0].numpy()
+    there = weight > 0.5
+    share = (there & seen_first).sum() / seen_first.sum()
+    if share < LEAST_SHARE:
+        raise failed(other, f"it covers {share:.0%} of {first.path}; check that the channels are of one visit")
+    return np.where(there, values / np.maximum(weight, 0.5), 0).astype(np.float32), there
+
+
+def _registered(first: Image, seen_first: np.ndarray, other: Image, seen: np.ndarray) -> np.ndarray:
+    """World matrix, RAS mm of the first channel → of the other."""
+    fixed = coarse(Volume(_scaled(first, seen_first), first.affine), _SPACING)
+    moving = coarse(Volume(_scaled(other, seen), other.affine), _SPACING)
+    region = coarse(Volume(seen_first.astype(np.float32), first.affine), _SPACING).data > 0.5
+    centred = np.eye(4)
+    centred[:3, 3] = centroid(seen, other.affine) - centroid(seen_first, first.affine)
+    probe = Probe.of(Volume(np.floor(fixed.data * _STEPS), fixed.affine), moving, region)
+
+    def information(world: np.ndarray) -> float:
+        return probe.information(probe.positions(world))
+
+    world = max((np.eye(4), centred), key=information)
+    try:
+        for level in _LEVELS:
+            world, _ = register(fixed, moving, world, "rigid", "mutual-information", level, region)
+    except RuntimeError as error:  # SimpleITK: all points left the image
+        raise failed(other, f"it does not overlap with {first.path}") from error
+    return world
+
+
+def _scaled(image: Image, seen: np.ndarray) -> np.ndarray:
+    """Intensities (X, Y, Z) float32 with the 1st and 99th percentile at 0 and 1; 0 where unobserved."""
+    low, high = np.percentile(image.data[seen], (1, 99))
+    scaled = np.clip((image.data - low) / max(high - low, np.finfo(np.float32).tiny), 0, 1)
+    return np.where(seen, scaled, 0).astype(np.float32)

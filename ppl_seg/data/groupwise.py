@@ -1,0 +1,135 @@
+"""Label maps brought onto one grid by each other: their mean is the target, in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import ndimage
+from scipy.linalg import expm, logm
+
+from ppl_seg.data.grids import Grid, Placed, cubic_grid
+from ppl_seg.data.registration import Level, Volume, centroid, coarse, padded, register
+from ppl_seg.data.resampling import resample, resample_labels
+from ppl_seg.data.starts import Probe, improved
+
+_SPACING = 3.0  # mm, of the common target
+_MASKS, _CLASSES = Level(4.0, 15_000, 30), Level(_SPACING, 15_000, 30)
+_ROUNDS = 2  # towards the commonest classes, after one towards the mean mask
+_PADDING = 30.0  # mm around a map that others may cover
+_MARGIN = 8.0  # mm of grid around the content
+_CONTENT = 0.25  # share of the maps that have a label at a voxel of the content
+
+
+@dataclass(frozen=True, eq=False)
+class CodedMap:
+    """A label map for registration, a few millimetres a voxel, padded.
+
+    Attributes:
+        commonest: intensity class of most of a voxel. mean: of the class numbers, what a scan would show of them.
+        mask: share of the voxel in any of the classes. content: of any label, registered or not.
+    """
+
+    commonest: Volume
+    mean: Volume
+    mask: Volume
+    content: Volume
+
+
+def code_map(positions: np.ndarray, image: Placed, class_of_label: Sequence[int], registered: np.ndarray) -> CodedMap:
+    """What registration needs of a label map.
+
+    Args:
+        positions: (X, Y, Z). class_of_label: (M,). registered: (M,) bool, the labels that count, such as the brain's.
+    """
+    classes = np.where(registered, np.asarray(class_of_label), 0)[positions]
+
+    def volume(data: np.ndarray) -> Volume:
+        return padded(coarse(Volume(data.astype(np.float32), image.affine), _SPACING), _PADDING, 0.0)
+
+    mean = volume(classes)
+    to_image = np.linalg.inv(image.affine) @ mean.affine
+    commonest = resample_labels(torch.from_numpy(classes), to_image, mean.shape).numpy()
+    return CodedMap(Volume(commonest, mean.affine), mean, volume(classes > 0), volume(positions > 0))
+
+
+def align_maps(
+    maps: Sequence[CodedMap], align: str, spacing: float | None, default: float
+) -> tuple[Grid, list[np.ndarray]]:
+    """The common grid, its axes RAS, and of each map the world matrix (grid's RAS mm → map's).
+
+    center: the masks' centroids come together. rigid, affine: then each map to the mean of all, a round by masks, two
+    by mutual information with the commonest class. The mean of all stays where and as large as they are on average.
+
+    Args:
+        spacing: mm; None for `default`, coarsened to a million voxels.
+    """
+    worlds = [np.eye(4) for _ in maps]
+    for world, one in zip(worlds, maps, strict=True):
+        world[:3, 3] = centroid(one.mask.data, one.mask.affine)
+    target = _target(maps, worlds)
+    for number in range(0 if align == "center" else 1 + _ROUNDS):
+        if number == 0:
+            moving, metric, level = [one.mask for one in maps], "squares", _MASKS
+            mean = Volume(_mean(moving, worlds, target), target.affine)
+        else:
+            moving, metric, level = [one.mean for one in maps], "mutual-information", _CLASSES
+            mean = Volume(_most(maps, worlds, target), target.affine)
+            worlds = [_looked_around(mean, one, w, align) for one, w in zip(moving, worlds, strict=True)]
+        pairs = zip(moving, worlds, strict=True)
+        worlds = _unbiased([register(mean, volume, world, align, metric, level)[0] for volume, world in pairs])
+    share = _mean([one.content for one in maps], worlds, target)
+    inside = np.argwhere(share >= _CONTENT)
+    ends = np.stack([inside.min(0) - 0.5, inside.max(0) + 0.5])
+    low, high = ends * np.diag(target.affine)[:3] + target.affine[:3, 3] + np.array([[-_MARGIN], [_MARGIN]])
+    return cubic_grid(low, high, spacing, default), worlds
+
+
+def _looked_around(mean: Volume, moving: Volume, world: np.ndarray, align: str) -> np.ndarray:
+    """The world matrix improved without gradients, as scans' are."""
+    scaled = Volume(moving.data / max(float(moving.data.max()), 1.0), moving.affine)
+    region = ndimage.binary_dilation(mean.data > 0, iterations=2)
+    return improved(Probe.of(mean, scaled, region, 8000, _SPACING), world, 9 if align == "affine" else 3)[0]
+
+
+def _mean(volumes: Sequence[Volume], worlds: Sequence[np.ndarray], target: Grid) -> np.ndarray:
+    """(*target) float32: the mean of what the volumes have there."""
+    total = np.zeros(target.shape, np.float32)
+    for volume, world in zip(volumes, worlds, strict=True):
+        matrix = np.linalg.inv(volume.affine) @ world @ target.affine
+        total += resample(torch.from_numpy(volume.data)[None], matrix, target.shape)[0].numpy()
+    return total / len(volumes)
+
+
+def _most(maps: Sequence[CodedMap], worlds: Sequence[np.ndarray], target: Grid) -> np.ndarray:
+    """(*target) float32: the class that most maps have."""
+    votes: dict[int, np.ndarray] = {}
+    for one, world in zip(maps, worlds, strict=True):
+        matrix = np.linalg.inv(one.commonest.affine) @ world @ target.affine
+        placed = resample(torch.from_numpy(one.commonest.data)[None], matrix, target.shape, "nearest")[0].numpy()
+        for value in np.unique(placed).tolist():
+            votes.setdefault(value, np.zeros(target.shape, np.int16))[placed == value] += 1
+    values = sorted(votes)
+    return np.array(values, np.float32)[np.argmax([votes[value] for value in values], axis=0)]
+
+
+def _target(maps: Sequence[CodedMap], worlds: Sequence[np.ndarray]) -> Grid:
+    """A grid that holds the content of all maps."""
+    corners = []
+    for one, world in zip(maps, worlds, strict=True):
+        inside = np.argwhere(one.content.data > 0.5)
+        ends = np.array(np.meshgrid(*zip(inside.min(0), inside.max(0), strict=True), indexing="ij")).reshape(3, -1)
+        to_target = np.linalg.inv(world) @ one.content.affine
+        corners.append((to_target[:3, :3] @ ends + to_target[:3, 3:]).T)
+    low, high = np.concatenate(corners).min(0) - _PADDING, np.concatenate(corners).max(0) + _PADDING
+    return cubic_grid(low, high, _SPACING, _SPACING)
+
+
+def _unbiased(worlds: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The world matrices with their mean linear part taken out, so that the target keeps the maps' mean shape."""
+    mean = expm(np.mean([logm(world[:3, :3]).real for world in worlds], axis=0))
+    undo = np.eye(4)
+    undo[:3, :3] = np.linalg.inv(mean)
+    return [world @ undo for world in worlds]

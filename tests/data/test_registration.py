@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from ppl_seg.data.channels import align_channel, check_channel_alignment
+from ppl_seg.data.fields import brain_labels, field_of_maps, field_of_scan
+from ppl_seg.data.grids import Grid
+from ppl_seg.data.groupwise import align_maps, code_map
+from ppl_seg.data.labels import LabelTable, make_entry
+from ppl_seg.data.registration import Volume, centroid, coarse, padded, write_transform
+from ppl_seg.errors import InputError
+
+from .heads import BRAIN, BRIGHT, INVERTED, SPACING, head_labels, scan_of
+from .test_alignment import moved
+
+
+def test_a_written_transform_maps_the_same_points(tmp_path):
+    world = moved(np.eye(4), (10, 20, -30), (5, -6, 7), (1.1, 0.9, 1.0))[1]
+    write_transform(tmp_path / "x_xfm.tfm", world)
+    transform = sitk.ReadTransform(str(tmp_path / "x_xfm.tfm"))
+    for point in np.random.default_rng(0).normal(0, 50, (5, 3)):
+        x, y, z = transform.TransformPoint((-point[0], -point[1], point[2]))  # LPS
+        np.testing.assert_allclose((-x, -y, z), (world @ [*point, 1])[:3], atol=1e-9)
+
+
+def test_coarse_and_padded_keep_places():
+    data = np.zeros((20, 24, 22), np.float32)
+    data[5:9, 10:16, 8:12] = 1
+    affine = moved(np.diag([1.0, 2, 1, 1]), (10, 0, 30), (3, 2, 1))[0]
+    volume = Volume(data, affine)
+    for other in (coarse(volume, 3.0), padded(volume, 10.0, 0.0), padded(coarse(volume, 2.0), 5.0, 0.0)):
+        np.testing.assert_allclose(centroid(other.data, other.affine), centroid(data, affine), atol=0.2)
+    assert coarse(volume, 2.0).shape == (10, 24, 11) and padded(volume, 4.0, 0.0).shape == (28, 28, 30)
+
+
+def table(names: dict[int, str]) -> LabelTable:
+    return LabelTable(tuple(make_entry(value, name) for value, name in names.items()))
+
+
+def test_the_field_of_label_maps():
+    brains = table({2: "Left-Cerebral-White-Matter", 3: "Left-Cerebral-Cortex"})
+    heads = table({2: "Left-Cerebral-White-Matter", 3: "Left-Cerebral-Cortex", 502: "Skull"})
+    assert field_of_maps(brains, np.array([[0, 400_000, 600_000]]), [1.0], small=False) == "brain"
+    assert field_of_maps(brains, np.array([[0, 400_000, 600_000]]), [1.0], small=True) == "crop"
+    assert field_of_maps(brains, np.array([[0, 4_000, 6_000]]), [1.0], small=False) == "crop"
+    assert field_of_maps(heads, np.array([[0, 400_000, 600_000, 900_000]]), [1.0], small=False) == "head"
+    assert field_of_maps(heads, np.array([[0, 400_000, 600_000, 9_000]]), [1.0], small=False) == "brain"
+    np.testing.assert_array_equal(brain_labels(heads), [False, True, True, False])
+    np.testing.assert_array_equal(brain_labels(table({1: "label-1", 2: "label-2"})), [False, True, True])
+
+
+def test_the_field_of_a_scan():
+    for heads, expected in ((True, "head"), (False, "brain")):
+        classes, affine = head_labels(heads)
+        image = scan_of(classes, affine, BRIGHT)
+        assert field_of_scan(image, classes > 0) == expected
+        assert field_of_scan(image, np.ones(image.shape, bool)) == "head"
+    small = replace(image, data=image.data[:10, :10, :10])
+    assert field_of_scan(small, np.ones(small.shape, bool)) == "crop"
+
+
+def test_label_maps_are_brought_together():
+    classes, affine = head_labels()
+    moves = [
+        ((0, 0, 0), (0, 0, 0)),
+        ((12, -5, 0), (100, 20, -30)),
+        ((-8, 10, 5), (0, -50, 9)),
+        ((0, -6, -10), (7, 7, 7)),
+    ]
+    images = [scan_of(classes, moved(affine, *move)[0], BRIGHT) for move in moves]
+    registered = np.isin(np.arange(8), BRAIN)
+    coded = [code_map(classes, image, range(8), registered) for image in images]
+    for align, least in (("center", 3.0), ("affine", 0.0)):
+        grid, worlds = align_maps(coded, align, None, SPACING)
+        assert isinstance(grid, Grid) and grid.spacing == (SPACING,) * 3
+        np.testing.assert_array_equal(grid.affine[:3, :3], np.eye(3) * SPACING)
+        points = np.argwhere(registered[classes]) @ affine[:3, :3].T + affine[:3, 3]
+        points = np.c_[points, np.ones(len(points))]
+        there = [
+            points @ (np.linalg.inv(w) @ i.affine @ np.linalg.inv(affine)).T
+            for w, i in zip(worlds, images, strict=True)
+        ]
+        spread = np.linalg.norm(np.std(there, axis=0)[:, :3], axis=1).mean()
+        assert least < spread if align == "center" else spread < 1.5, (align, spread)
+    with pytest.raises(InputError, match="--spacing -2"):
+        align_maps(coded, "center", -2.0, SPACING)
+
+
+def test_channels_on_other_grids():
+    classes, affine = head_labels()
+    first = scan_of(classes, affine, BRIGHT)
+    turned, world = moved(affine, (4, -3, 5), (6, 4, -5))
+    other = scan_of(classes[2:], turned @ [[1, 0, 0, 2], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], INVERTED)
+    seen, seen_other = np.ones(first.shape, bool), np.ones(other.shape, bool)
+    wanted = np.asarray(INVERTED)[classes]
+    data, there = align_channel(first, seen, other, seen_other, "rigid")
+    assert data.shape == there.shape == first.shape and not there[0].any() and there.mean() > 0.7
+    by_header, _ = align_channel(first, seen, other, seen_other, "none")
+    error, before = (np.abs(values - wanted)[there].mean() for values in (data, by_header))
+    assert error < 0.6 * before
+    same, _ = align_channel(first, seen, replace(first, data=first.data + 1), seen, "rigid")
+    np.testing.assert_array_equal(same, first.data + 1)
+    with pytest.raises(InputError, match="one visit|no overlap"):
+        align_channel(
+            first, seen, replace(other, affine=moved(other.affine, (0, 0, 0), (400, 0, 0))[0]), seen_other, "none"
+        )
+    with pytest.raises(InputError, match="--channel-align affine"):
+        check_channel_alignment("affine")

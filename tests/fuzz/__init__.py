@@ -1,0 +1,1 @@
+"""Damaged files: an InputError in one line or a right result, never anything else."""

@@ -1,0 +1,487 @@
+"""The table of bad inputs: each row through the real commands. One line that names the file and the way out."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from ppl_seg.cli import main
+
+MODEL = Path(__file__).parent / "inference" / "format-1"  # fitted to crops of 8x8x6 voxels of 1 mm
+SHAPE = (8, 8, 6)
+Arguments = list[object]
+Run = Callable[..., tuple[int, str, str]]
+
+
+@dataclass(frozen=True)
+class Files:
+    """Writes files below a test's folder."""
+
+    root: Path
+
+    def path(self, name: str) -> Path:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def write(self, name: str, content: bytes | str) -> Path:
+        path = self.path(name)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    def image(
+        self,
+        name: str = "s/sub-1_T1w.nii",
+        data: np.ndarray | None = None,
+        affine: np.ndarray | None = None,
+        edit: Callable[[Any], object] | None = None,
+    ) -> Path:
+        """A NIfTI image, by default a scan of two blobs."""
+        image = nib.Nifti1Image(scan() if data is None else data, np.eye(4) if affine is None else affine)
+        if edit is not None:
+            edit(image)
+        path = self.path(name)
+        nib.save(image, path)
+        return path
+
+    def labels(self, name: str, data: np.ndarray | None = None, affine: np.ndarray | None = None) -> Path:
+        return self.image(name, label_map() if data is None else data, affine)
+
+    def maps(self, count: int = 3) -> list[Path]:
+        return [self.labels(f"m/sub-{n}_dseg.nii") for n in range(count)]
+
+    def patched(self, offset: int, form: str, *values: float, name: str = "s/sub-1_T1w.nii") -> Path:
+        """The default scan, integer, with bytes of its header replaced."""
+        path = self.image(name, scan().astype(np.int16))
+        content = bytearray(path.read_bytes())
+        struct.pack_into("<" + form, content, offset, *values)
+        return self.write(name, bytes(content))
+
+    def link(self, name: str, target: str) -> Path:
+        path = self.path(name)
+        path.symlink_to(target)
+        return path
+
+
+def label_map() -> np.ndarray:
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[2:6, 2:4, 1:5], labels[2:6, 4:6, 1:5] = 1, 2
+    return labels
+
+
+def scan(seed: int = 0) -> np.ndarray:
+    noise = np.random.default_rng(seed).normal(0, 3, SHAPE)
+    return (np.array([60.0, 100.0, 110.0])[label_map()] + noise).astype(np.float32)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    return Files(tmp_path)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """run(*arguments) gives (exit code, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return call
+
+
+def segment(*arguments: object) -> Arguments:
+    return ["segment", *arguments, "--model", MODEL, "--draws", 2, "--refine", 0]
+
+
+def fit(*arguments: object) -> Arguments:
+    return ["fit", *arguments, "--prior", MODEL, "--steps", 1]
+
+
+def prior(*arguments: object) -> Arguments:
+    return ["prior", *arguments, "--steps", 1, "--latent-dim", 2]
+
+
+def edited(data: np.ndarray, value: float, where: Any = (0, 0, 0)) -> np.ndarray:
+    changed = data.astype(np.float32)
+    changed[where] = value
+    return changed
+
+
+def forms(sform: int, qform: int, shift: float = 0.0) -> Callable[[Any], None]:
+    def edit(image: Any) -> None:
+        image.set_sform(np.eye(4), code=sform)
+        moved = np.eye(4)
+        moved[0, 3] = shift
+        image.set_qform(moved, code=qform)
+
+    return edit
+
+
+def packed(path: Path, length: int | None = None) -> bytes:
+    return gzip.compress(path.read_bytes())[:length]
+
+
+def table(files: Files, text: str) -> Arguments:
+    return prior(*files.maps(), "--labels", files.write("labels.tsv", text))
+
+
+def visits(files: Files, *names: str) -> Path:
+    for number, name in enumerate(names):
+        files.image(f"v/{name}.nii", scan(number))
+    return files.root / "v"
+
+
+# What is refused: a name, what makes the command's arguments, words of the one line.
+REFUSED: list[tuple[str, Callable[[Files], Arguments], str]] = [
+    ("missing", lambda f: segment(f.root / "gone.nii.gz"), "gone.nii.gz: no such file or folder"),
+    ("empty file", lambda f: segment(f.write("a.nii", b"")), "a.nii: the file is empty (0 bytes); copy it again"),
+    (
+        "truncated",
+        lambda f: segment(f.write("a.nii", f.image().read_bytes()[:600])),
+        "a.nii: truncated, voxels are missing",
+    ),
+    (
+        "truncated gzip",
+        lambda f: segment(f.write("a.nii.gz", packed(f.image(), 500))),
+        "a.nii.gz: truncated or damaged gzip file",
+    ),
+    ("text", lambda f: segment(f.write("a.nii", "no image " * 99)), "a.nii: not a NIfTI or .mgz image"),
+    ("colour", lambda f: segment(f.image("a.nii", np.zeros(SHAPE, [(c, "u1") for c in "RGB"]))), "(colour or complex)"),
+    (
+        "complex",
+        lambda f: segment(f.image("a.nii", scan().astype(np.complex64))),
+        "(colour or complex); expected one real",
+    ),
+    (
+        "huge",
+        lambda f: segment(f.patched(40, "4h", 3, 3000, 3000, 3000)),
+        "its shape is 3000x3000x3000; expected at most",
+    ),
+    (
+        "voxels in the header",
+        lambda f: segment(f.patched(108, "f", 0)),
+        "the header is damaged (shape 8x8x6, voxels from b",
+    ),
+    ("folder without scans", lambda f: segment(f.write("n/readme.txt", "").parent), "n: no scans in this folder"),
+    ("glob of nothing", lambda f: segment(f.root / "*.nii"), "*.nii: no scans match"),
+    ("annex link", lambda f: segment(f.link("a.nii.gz", ".git/annex/objects/a/b/K/K")), "get it with `datalad get"),
+    (
+        "annex pointer",
+        lambda f: segment(f.write("a.nii", "/annex/objects/MD5E-s1--1.nii\n")),
+        "content is not here (git-annex)",
+    ),
+    (
+        "LFS pointer",
+        lambda f: segment(f.write("a.nii", "version https://git-lfs.github.com/spec/v1\noid sha256:1\n")),
+        "get it with `git lfs pull`",
+    ),
+    (
+        "dangling link",
+        lambda f: segment(f.link("a.nii", "nowhere.nii")),
+        "a.nii: a link to nowhere.nii, which does not exist",
+    ),
+    (
+        "half of a pair",
+        lambda f: segment(f.write("a.hdr", f.image().read_bytes()[:348])),
+        "a.hdr: a.img is not beside it",
+    ),
+    ("all NaN", lambda f: segment(f.image("a.nii", np.full(SHAPE, np.nan, np.float32))), "no voxel is a finite number"),
+    (
+        "constant",
+        lambda f: segment(f.image("a.nii", np.full(SHAPE, 7, np.float32))),
+        "every voxel is 7; expected a scan",
+    ),
+    ("scl_slope NaN", lambda f: segment(f.patched(112, "2f", np.nan, 0)), "intensities are unknown; repair the header"),
+    (
+        "four axes",
+        lambda f: segment(f.image("a.nii", np.stack([scan()] * 3, -1))),
+        "its shape is (8, 8, 6, 3), expected three axes; give one file per contrast, see --channels",
+    ),
+    (
+        "singular",
+        lambda f: segment(f.patched(254, "h24x12f", 1, *[1, 1, 0, 0] * 2, 0, 0, 1, 0)),
+        "the affine is singular",
+    ),
+    ("not finite", lambda f: segment(f.patched(280, "4f", 1, 0, 0, np.nan)), "the affine is not finite"),
+    (
+        "voxels of 0 mm",
+        lambda f: segment(f.patched(280, "4f", 0, 0, 0, 0)),
+        "voxels of 0 x 1 x 1 mm; expected 0.05 to 20 mm",
+    ),
+    ("voxels of 30 mm", lambda f: segment(f.image("a.nii", affine=np.diag([30, 1, 1, 1]))), "voxels of 30 x 1 x 1 mm"),
+    (
+        "voxels of 10 µm",
+        lambda f: segment(f.image("a.nii", affine=np.diag([0.01, 1, 1, 1]))),
+        "voxels of 0.01 x 1 x 1 mm",
+    ),
+    (
+        "metres",
+        lambda f: segment(f.image("a.nii", edit=lambda i: i.header.set_xyzt_units("meter"))),
+        "voxels of 1000 x",
+    ),
+    ("label map as scan, by name", lambda f: segment(f.labels("a_dseg.nii")), "where a scan is expected"),
+    (
+        "label map as scan, by content",
+        lambda f: segment(f.labels("a.nii")),
+        "a label map (integers 0, 1, 2) where a scan",
+    ),
+    (
+        "mask as scan",
+        lambda f: segment(f.labels("sub-1_mask.nii")),
+        "sub-1_mask.nii: a label map, mask or one of our outputs",
+    ),
+    (
+        "scan as label map",
+        lambda f: prior(*(f.image(f"s/{n}.nii", (10 * scan(n)).round()) for n in range(3))),
+        "looks like a scan",
+    ),
+    (
+        "not whole numbers",
+        lambda f: prior(f.image("m/x_dseg.nii", label_map() * 0.5), *f.maps()),
+        "found 0.5: a scan or prob",
+    ),
+    (
+        "NaN in a label map",
+        lambda f: prior(f.image("m/x_dseg.nii", edited(label_map(), np.nan)), *f.maps()),
+        "found nan",
+    ),
+    ("all zero", lambda f: prior(f.labels("m/x_dseg.nii", 0 * label_map()), *f.maps()), "x_dseg.nii: all voxels are 0"),
+    ("one label map", lambda f: prior(*f.maps(1)), "a prior needs at least 3 label maps, better tens; found 1"),
+    (
+        "a value outside the table",
+        lambda f: table(f, "index\tname\n1\tA\n"),
+        "values 2 are not in the label table (0, 1)",
+    ),
+    (
+        "duplicate index",
+        lambda f: table(f, "index\tname\n1\tA\n2\tB\n1\tA\n"),
+        "line 4: duplicate index 1 (first on line 2)",
+    ),
+    (
+        "two classes",
+        lambda f: table(f, "index\tname\tclass\n1\tA\tx\n1\tA\ty\n"),
+        "line 3: two classes (x, y) for index 1",
+    ),
+    ("missing column", lambda f: table(f, "index\tlabel\n1\tA\n"), "line 1: missing column name"),
+    ("no table", lambda f: prior(*f.maps(), "--labels", f.root / "gone.tsv"), "gone.tsv: no such file"),
+    (
+        "bad map",
+        lambda f: prior(*f.maps(), "--map", f.write("m.tsv", "from\tto\n1\tx\n")),
+        "m.tsv, line 2: expected an integer",
+    ),
+    (
+        "empty mask",
+        lambda f: segment(f.image(), "--mask", f.labels("m.nii", 0 * label_map())),
+        "m.nii: the mask is empty",
+    ),
+    (
+        "mask of NaN",
+        lambda f: segment(f.image(), "--mask", f.image("m.nii", edited(scan(), np.nan, ...))),
+        "the mask is empty",
+    ),
+    (
+        "mask of another shape",
+        lambda f: segment(f.image(), "--mask", f.labels("m.nii", label_map()[:5])),
+        "its grid is 5x8x6 with affine [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]], that of ",
+    ),
+    (
+        "mask of another place",
+        lambda f: segment(f.image(), "--mask", f.labels("m.nii", affine=np.diag([1, 1, 1.1, 1]))),
+        "give a mask on the scan's grid",
+    ),
+    ("no mask of a scan", lambda f: segment(f.image(), "--mask", f.labels("k/sub-2_mask.nii").parent), "found none"),
+    (
+        "two masks of a scan",
+        lambda f: segment(f.image(), "--mask", [f.labels(f"k/sub-1_run-{n}_mask.nii") for n in (1, 2)][0].parent),
+        "sub-1_run-1_mask.nii, ",
+    ),
+    ("no mask folder", lambda f: segment(f.image(), "--mask", f.root / "gone"), "gone: no such file or folder"),
+    (
+        "several contrasts",
+        lambda f: segment(visits(f, "sub-1_T1w", "sub-1_FLAIR")),
+        "FLAIR (1), T1w (1); choose one with --suffix",
+    ),
+    (
+        "no such contrast",
+        lambda f: segment(visits(f, "sub-1_T1w"), "--suffix", "FLAIR"),
+        "no scan ends in _FLAIR; there are: T1w",
+    ),
+    (
+        "a channel is missing",
+        lambda f: segment(visits(f, "sub-1_T1w", "sub-1_FLAIR", "sub-2_T1w"), "--channels", "T1w,FLAIR"),
+        "sub-2: expected one FLAIR scan, found none",
+    ),
+    (
+        "a channel twice",
+        lambda f: segment(visits(f, "sub-1_T1w", "sub-1_run-2_T1w", "sub-1_FLAIR"), "--channels", "T1w,FLAIR"),
+        "expected one T1w scan, found ",
+    ),
+    (
+        "not the model's channels",
+        lambda f: segment(visits(f, "sub-1_T1w", "sub-1_FLAIR"), "--channels", "T1w,FLAIR"),
+        "the model was fitted to scans of 1 channels; found 2; see --channels",
+    ),
+    ("no such participant", lambda f: segment(visits(f, "sub-1_T1w"), "--participant-label", "9"), "there are: 1"),
+    ("a fit of one scan", lambda f: fit(f.image()), "segment --model with the prior's folder"),
+    (
+        "the same file twice",
+        lambda f: segment(f.image(), f.root / "s" / "sub-1_T1w.nii"),
+        "given twice; name each file once",
+    ),
+    (
+        "the same file through a link",
+        lambda f: segment(f.image(), f.link("s/sub-2_T1w.nii", "sub-1_T1w.nii")),
+        "given twice (",
+    ),
+    (
+        "colliding outputs",
+        lambda f: segment(f.image("a/sub-1_T1w.nii"), f.image("b/sub-1_T1w.nii")),
+        "both would be written to sub-1/anat/sub-1_seg-ppl_desc-T1w",
+    ),
+    (
+        "output folder of inputs",
+        lambda f: [*segment(f.image()), "--out", f.root / "s"],
+        "the output folder is a folder of inputs",
+    ),
+    (
+        "output folder that was given",
+        lambda f: [*segment(f.image("d/deep/sub-1_T1w.nii").parents[1]), "--out", f.root / "d"],
+        "the output folder is a folder of inputs",
+    ),
+    (
+        "a prior into its inputs",
+        lambda f: [*prior(*f.maps()), "--out", f.root / "m"],
+        "the output folder is a folder of inputs",
+    ),
+    (
+        "a fit into its inputs",
+        lambda f: [*fit(visits(f, "sub-1_T1w", "sub-2_T1w")), "--out", f.root / "v"],
+        "the output folder is a folder of inputs",
+    ),
+    (
+        "evaluate: other grids",
+        lambda f: [
+            "evaluate",
+            f.labels("a/sub-1_dseg.nii", affine=np.diag([2, 1, 1, 1])),
+            f.labels("b/sub-1_dseg.nii"),
+        ],
+        "evaluate in the scan's own voxels, or resample one of them",
+    ),
+    (
+        "evaluate: nothing matches",
+        lambda f: ["evaluate", f.labels("a/sub-1_dseg.nii"), f.labels("b/sub-2_dseg.nii")],
+        "no segmentation matches a true label map",
+    ),
+    (
+        "evaluate: bad groups",
+        lambda f: [
+            "evaluate",
+            f.labels("a/x_dseg.nii"),
+            f.labels("b/x_dseg.nii"),
+            "--groups",
+            f.write("g.tsv", "index\tgroup\n1\tA\n1\tB\n"),
+        ],
+        "g.tsv, line 3: index 1 is in A and in B",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "words"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
+def test_refused(files: Files, run: Run, make: Callable[[Files], Arguments], words: str) -> None:
+    arguments = make(files)
+    if "--out" not in arguments:
+        arguments += ["--out", files.root / "out"]
+    before = snapshot(files.root)
+    code, _, err = run(*arguments)
+    complaints = [line for line in err.splitlines() if words in line]
+    assert code in (1, 2) and len(complaints) == 1, (code, err)
+    assert "Traceback" not in err and all(line.startswith("ppl-seg: ") for line in err.splitlines())
+    after = snapshot(files.root)
+    assert {name: after.get(name) for name in before} == before  # nothing that was there is lost
+    assert not [name for name in after if name.endswith(("_dseg.nii.gz", "config.json")) and name not in before]
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+def analyze(files: Files) -> Path:
+    nib.save(nib.AnalyzeImage(scan(), np.diag([-1.0, 1, 1, 1])), files.path("s/sub-1_T1w.hdr"))
+    return files.root / "s" / "sub-1_T1w.hdr"
+
+
+def mgz(files: Files) -> Path:
+    nib.save(nib.MGHImage(scan(), np.eye(4)), files.path("bert/mri/orig.mgz"))
+    return files.root / "bert"
+
+
+SHEARED = np.array([[1, 0.2, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+# What is accepted: a name, what makes the scan, words of the warning ("" for none).
+ACCEPTED: list[tuple[str, Callable[[Files], Path], str]] = [
+    (".nii that is gzip", lambda f: f.write("b/sub-1_T1w.nii", packed(f.image())), ""),
+    (".nii.gz that is not", lambda f: f.write("b/sub-1_T1w.nii.gz", f.image().read_bytes()), ""),
+    ("Analyze", analyze, "an Analyze image, so left and right are unknown"),
+    ("a FreeSurfer subject", mgz, ""),
+    ("NaN", lambda f: f.image(data=edited(scan(), np.nan)), "1 voxels are NaN or Inf; they are taken as unobserved"),
+    ("trailing axes", lambda f: f.image(data=scan()[..., None, None]), ""),
+    ("sheared", lambda f: f.image(affine=SHEARED), ""),
+    ("form codes 0", lambda f: f.image(edit=forms(0, 0)), "codes are both 0, so left and right are unknown"),
+    ("form codes differ", lambda f: f.image(edit=forms(1, 1, 5.0)), "qform and sform differ by 5 mm at the corners"),
+    (
+        "micron",
+        lambda f: f.image(affine=np.diag([1e3, 1e3, 1e3, 1]), edit=lambda i: i.header.set_xyzt_units("micron")),
+        "",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "words"), [row[1:] for row in ACCEPTED], ids=[row[0] for row in ACCEPTED])
+def test_accepted(files: Files, run: Run, make: Callable[[Files], Path], words: str) -> None:
+    out = files.root / "out"
+    code, screen, err = run(*segment(make(files)), "--out", out)
+    assert code == 0, err
+    assert words in " ".join(screen.replace("│", " ").split())
+    (found,) = out.rglob("*_dseg.nii.gz")
+    assert nib.load(found).shape == SHAPE
+    assert ("left and right" in screen) == ("left and right" in words)
+
+
+def test_label_maps_of_other_values_and_spacings_are_listed(files: Files, run: Run) -> None:
+    maps = files.maps()
+    odd = files.labels("m/sub-8_dseg.nii", np.minimum(label_map(), 1))
+    wide = files.labels("m/sub-9_dseg.nii", affine=np.diag([1, 1, 1.5, 1]))
+    labels = files.write("labels.tsv", b"\xef\xbb\xbfindex\tname\tmapping\r\n1\tA\t1\r\n2\tB\t2\r\n")
+    arguments = prior(*maps, odd, wide, "--labels", labels, "--align", "center", "--out", files.root / "out")
+    code, _, err = run(*arguments)
+    assert code == 0, err
+    assert f"{odd}: labels [2] do not occur" in err
+    assert f"{wide}: voxels of 1x1x1.5 mm, 4 others have 1x1x1 mm" in err
+
+
+def test_one_bad_scan_does_not_stop_the_others(files: Files, run: Run) -> None:
+    scans = visits(files, "sub-1_T1w", "sub-2_T1w", "sub-3_T1w")
+    files.write("v/sub-2_T1w.nii", "no image")
+    code, screen, err = run(*segment(scans), "--out", files.root / "out")
+    assert code == 1 and screen.count("│ ok") == 2 and screen.count("│ failed") == 1
+    assert err.count("sub-2_T1w.nii: not a NIfTI or .mgz image") == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")
+def test_files_nobody_may_read(files: Files, run: Run) -> None:
+    path = files.image()
+    path.chmod(0)
+    code, _, err = run(*segment(path), "--out", files.root / "out")
+    assert code != 0 and "Permission denied" in err

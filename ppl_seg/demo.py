@@ -16,7 +16,6 @@ from typing import Any
 from rich.console import Console
 
 from ppl_seg.api import Model, evaluate, fit_scans, learn_prior, segment_scans
-from ppl_seg.files import write_text
 from ppl_seg.data.images import read_label_map, read_scan, write_image
 from ppl_seg.data.names import output_location
 from ppl_seg.demo_population import PopulationFiles, write_population
@@ -31,6 +30,7 @@ from ppl_seg.demo_report import (
     write_score_figures,
 )
 from ppl_seg.errors import InputError
+from ppl_seg.files import write_text
 from ppl_seg.results.diagnostics import Reliability, reliability
 from ppl_seg.results.tables import write_table
 

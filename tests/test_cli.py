@@ -106,7 +106,8 @@ def test_prior_passes_everything_on(run: Run, fake: FakeApi, tmp_path: Path) -> 
             {
                 "out": tmp_path / "p", "labels": Path("l.tsv"), "value_map": Path("m.tsv"),
                 "merge_sides": True, "spacing": 2.0, "align": "none", "latent_dim": 8, "guide": "low-rank",
-                "participants": ("sub-01", "02", "3"), "sessions": ("ses-1",), "objective": "trace", "steps": 5, "seed": 3, "device": "cpu", "precision": "bf16",
+                "participants": ("sub-01", "02", "3"), "sessions": ("ses-1",), "objective": "trace", "steps": 5,
+                "seed": 3, "device": "cpu", "precision": "bf16",
                 "resume": True, "force": True, "progress": False,
             },
         )
@@ -126,8 +127,9 @@ def test_fit_passes_everything_on(run: Run, fake: FakeApi) -> None:
             ["scans"],
             {
                 "prior": Path("P"), "out": Path("F"), "suffix": "T1w", "mask": "none",
-                "channels": ("T1w", "FLAIR"), "participants": (), "sessions": (), "recipe": "notes", "objective": "jensen", "guide": "low-rank",
-                "intensity": "per-scan", "likelihood_power": 0.5, "align": "center", "channel_align": "none", "view": "brain", "steps": 7, "seed": 0,
+                "channels": ("T1w", "FLAIR"), "participants": (), "sessions": (), "recipe": "notes",
+                "objective": "jensen", "guide": "low-rank", "intensity": "per-scan", "likelihood_power": 0.5,
+                "align": "center", "channel_align": "none", "view": "brain", "steps": 7, "seed": 0,
                 "device": "auto", "precision": "32", "trusted": ("a.b:C", "d:E"), "resume": False, "force": False,
                 "progress": False,
             },
@@ -151,7 +153,8 @@ def test_segment_passes_everything_on(run: Run, fake: FakeApi) -> None:
                 "participants": (), "sessions": ("1", "2"),
                 "draws": 50, "refine": 0, "probabilities": True, "save_draws": True, "readout": "decoder",
                 "objective": "jensen", "guide": "low-rank", "likelihood_power": 1.0, "align": "none",
-                "channel_align": "rigid", "view": None, "seed": 0, "device": "auto", "trusted": (), "force": True, "progress": False,
+                "channel_align": "rigid", "view": None, "seed": 0, "device": "auto", "trusted": (),
+                "force": True, "progress": False,
             },
         )
     ]  # fmt: skip

@@ -250,8 +250,8 @@ def load_scans(
         chosen, seen_as = model.for_scan(own, view)
         if shown and seen_as != shown:
             raise InputError(
-                f"{file.path}: a {seen_as}, while {found[0].path} is a {shown}; fit scans of one kind, or say what they "
-                "are with --brain or --head"
+                f"{file.path}: a {seen_as}, while {found[0].path} is a {shown}; fit scans of one kind, or say what "
+                "they are with --brain or --head"
             )
         fitting, shown = (chosen, seen_as) if not shown else (fitting, shown)
         placed.append(fitting.place(own, view=shown))

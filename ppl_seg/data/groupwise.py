@@ -72,14 +72,15 @@ def align_maps(
     target = _target(maps, worlds)
     for number in range(0 if align == "center" else 1 + _ROUNDS):
         if number == 0:
-            moving, metric, level = [one.mask for one in maps], "squares", _MASKS
+            # rigid: a mask alone leaves open which turn goes with which stretch
+            moving, metric, level, kind = [one.mask for one in maps], "squares", _MASKS, "rigid"
             mean = Volume(_mean(moving, worlds, target), target.affine)
         else:
-            moving, metric, level = [one.mean for one in maps], "mutual-information", _CLASSES
+            moving, metric, level, kind = [one.mean for one in maps], "mutual-information", _CLASSES, align
             mean = Volume(_most(maps, worlds, target), target.affine)
-            worlds = [_looked_around(mean, one, w, align) for one, w in zip(moving, worlds, strict=True)]
+            worlds = [_looked_around(mean, one, w, kind) for one, w in zip(moving, worlds, strict=True)]
         pairs = zip(moving, worlds, strict=True)
-        worlds = _unbiased([register(mean, volume, world, align, metric, level)[0] for volume, world in pairs])
+        worlds = _unbiased([register(mean, volume, world, kind, metric, level)[0] for volume, world in pairs])
     share = _mean([one.content for one in maps], worlds, target)
     inside = np.argwhere(share >= _CONTENT)
     ends = np.stack([inside.min(0) - 0.5, inside.max(0) + 0.5])
@@ -87,11 +88,11 @@ def align_maps(
     return cubic_grid(low, high, spacing, default), worlds
 
 
-def _looked_around(mean: Volume, moving: Volume, world: np.ndarray, align: str) -> np.ndarray:
+def _looked_around(mean: Volume, moving: Volume, world: np.ndarray, kind: str) -> np.ndarray:
     """The world matrix improved without gradients, as scans' are."""
     scaled = Volume(moving.data / max(float(moving.data.max()), 1.0), moving.affine)
     region = ndimage.binary_dilation(mean.data > 0, iterations=2)
-    return improved(Probe.of(mean, scaled, region, 8000, _SPACING), world, 9 if align == "affine" else 3)[0]
+    return improved(Probe.of(mean, scaled, region, 8000, _SPACING), world, 9 if kind == "affine" else 3)[0]
 
 
 def _mean(volumes: Sequence[Volume], worlds: Sequence[np.ndarray], target: Grid) -> np.ndarray:

@@ -11,7 +11,6 @@ import torch
 
 from ppl_seg.errors import InputError
 
-
 LARGE_GRID = 250_000  # voxels; above, trainings do with fewer steps and smaller batches
 
 

@@ -19,8 +19,7 @@ from ..models.segmentation import SegmentationModel
 from .expectation import Factor, background_maps, flatten, initial_theta, update_theta
 from .objectives import build_objective
 from .recipes import Recipe
-
-LARGE_GRID = 250_000  # voxels
+from .training_options import LARGE_GRID
 
 
 def factor_of(objective: str) -> Factor:

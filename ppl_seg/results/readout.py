@@ -28,6 +28,7 @@ ReadoutName = Literal["marginals", "decoder"]
 Run = Callable[..., Iterator[Any]]  # `map`, or that of a pool of threads
 GROUP = 5 * 2**20  # numbers: label probabilities of a block for the draws that are read together; they stay in cache
 SCORES = 2**27  # numbers: label scores of those draws, as the decoder computes them
+FEWEST_BLOCKS = 64  # from which threads are worth their start
 SLAB = 2**27  # numbers: label marginals that are summed at a time; each slab of voxels decodes the draws anew
 
 
@@ -90,7 +91,7 @@ def read_out(
     marginals = scan.new_zeros(count, total) if keep_marginals else None
     if marginals is not None:
         marginals[0] = 1.0
-    with torch.no_grad(), _workers(scan.device) as run:
+    with torch.no_grad(), _workers(scan.device, len(todo)) as run:
         for slab in _slabs(todo, int(share * SLAB) // count):
             sums = [scan.new_zeros(count, len(voxels)) for voxels in slab]
             for first, scores in _decoded(model.shape_prior, z, share, run):
@@ -241,10 +242,13 @@ def _slabs(todo: list[Tensor], size: int) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def _workers(device: torch.device) -> Iterator[Run]:
-    """A `map` over as many threads as torch has: operations on a block are too small to be shared between them."""
+def _workers(device: torch.device, blocks: int) -> Iterator[Run]:
+    """A `map` over as many threads as torch has: operations on a block are too small to be shared between them.
+
+    Few blocks, a crop, are quicker one after another than handed around.
+    """
     threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1:
+    if device.type != "cpu" or threads == 1 or blocks < FEWEST_BLOCKS:
         yield map
         return
     torch.set_num_threads(1)  # here too: OpenMP's own threads wait by turning, on the cores that the pool's need

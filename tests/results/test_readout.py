@@ -192,7 +192,8 @@ def test_against_the_whole_scan_at_once(
     assert bool(found.labels[region].any())
 
 
-def test_the_seed_decides_whatever_the_threads() -> None:
+def test_the_seed_decides_whatever_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readout, "FEWEST_BLOCKS", 0)
     model, theta = brain()
     matrix, own = PLACES["shifted"]
     scan, z = torch.rand(2, *own, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)

@@ -17,7 +17,7 @@ from ppl_seg.data.starts import Probe, improved
 
 _SPACING = 3.0  # mm, of the common target
 _MASKS, _CLASSES = Level(4.0, 15_000, 30), Level(_SPACING, 15_000, 30)
-_ROUNDS = 2  # towards the commonest classes, after one towards the mean mask
+_ROUNDS = 3  # by classes, after one by masks
 _PADDING = 30.0  # mm around a map that others may cover
 _MARGIN = 8.0  # mm of grid around the content
 _CONTENT = 0.25  # share of the maps that have a label at a voxel of the content
@@ -60,8 +60,9 @@ def align_maps(
 ) -> tuple[Grid, list[np.ndarray]]:
     """The common grid, its axes RAS, and of each map the world matrix (grid's RAS mm → map's).
 
-    center: the masks' centroids come together. rigid, affine: then each map to the mean of all, a round by masks, two
-    by mutual information with the commonest class. The mean of all stays where and as large as they are on average.
+    center: the masks' centroids come together. rigid, affine: then a round by masks towards their mean, one by mutual
+    information with the classes of the map of middle size, two with the commonest classes of all. The mean of all
+    stays where and as large as they are on average.
 
     Args:
         spacing: mm; None for `default`, coarsened to a million voxels.
@@ -70,6 +71,8 @@ def align_maps(
     for world, one in zip(worlds, maps, strict=True):
         world[:3, 3] = centroid(one.mask.data, one.mask.affine)
     target = _target(maps, worlds)
+    sizes = [one.mask.data.sum() * abs(np.linalg.det(one.mask.affine[:3, :3])) for one in maps]
+    typical = int(np.argsort(sizes)[len(maps) // 2])
     for number in range(0 if align == "center" else 1 + _ROUNDS):
         if number == 0:
             # rigid: a mask alone leaves open which turn goes with which stretch
@@ -77,7 +80,9 @@ def align_maps(
             mean = Volume(_mean(moving, worlds, target), target.affine)
         else:
             moving, metric, level, kind = [one.mean for one in maps], "mutual-information", _CLASSES, align
-            mean = Volume(_most(maps, worlds, target), target.affine)
+            # the mean of maps that are turned against each other is blurred: the first round is towards one of them
+            some = slice(typical, typical + 1) if number == 1 else slice(None)
+            mean = Volume(_most(maps[some], worlds[some], target), target.affine)
             worlds = [_looked_around(mean, one, w, kind) for one, w in zip(moving, worlds, strict=True)]
         pairs = zip(moving, worlds, strict=True)
         worlds = _unbiased([register(mean, volume, world, kind, metric, level)[0] for volume, world in pairs])

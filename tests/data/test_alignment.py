@@ -68,7 +68,9 @@ def test_rigid_has_no_scale():
     np.testing.assert_allclose(linear.T @ linear, np.eye(3), atol=1e-6)
 
 
-@pytest.mark.parametrize("linear", [orientations()[k] for k in (3, 20, 41)])
+@pytest.mark.parametrize(
+    "linear", [orientations()[3], *(pytest.param(orientations()[k], marks=pytest.mark.slow) for k in (20, 41))]
+)
 def test_the_order_of_voxels_does_not_matter(linear):
     classes, affine = head_labels(heads=False)
     plain = scan_of(classes, affine, BRIGHT)

@@ -74,7 +74,8 @@ def test_label_maps_are_brought_together():
     images = [scan_of(classes, moved(affine, *move)[0], BRIGHT) for move in moves]
     registered = np.isin(np.arange(8), BRAIN)
     coded = [code_map(classes, image, range(8), registered) for image in images]
-    for align, least in (("center", 3.0), ("affine", 0.0)):
+    spreads = []
+    for align in ("center", "affine"):
         grid, worlds = align_maps(coded, align, None, SPACING)
         assert isinstance(grid, Grid) and grid.spacing == (SPACING,) * 3
         np.testing.assert_array_equal(grid.affine[:3, :3], np.eye(3) * SPACING)
@@ -84,8 +85,8 @@ def test_label_maps_are_brought_together():
             points @ (np.linalg.inv(w) @ i.affine @ np.linalg.inv(affine)).T
             for w, i in zip(worlds, images, strict=True)
         ]
-        spread = np.linalg.norm(np.std(there, axis=0)[:, :3], axis=1).mean()
-        assert least < spread if align == "center" else spread < 1.5, (align, spread)
+        spreads.append(np.linalg.norm(np.std(there, axis=0)[:, :3], axis=1).mean())
+    assert spreads[1] < min(SPACING, spreads[0] / 2), spreads  # mm; turns of up to 12 degrees apart
     with pytest.raises(InputError, match="--spacing -2"):
         align_maps(coded, "center", -2.0, SPACING)
 

@@ -323,7 +323,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     choice = [row for row in METHODS if not row.endswith("-jensen")]
     parser.add_argument("--rows", default=",".join(choice), help="default: %(default)s")
-    parser.add_argument("--jensen", action=argparse.BooleanOptionalAction, default=True, help="with b, c, d; or --no-jensen")
+    parser.add_argument("--jensen", action=argparse.BooleanOptionalAction, default=True, help="b, c, d; or --no-jensen")
     parser.add_argument("--prior-steps", type=int, help="for a quick try: steps of `prior`")
     parser.add_argument("--fit-steps", type=int, help="for a quick try: steps of `fit`")
     arguments = parser.parse_args()

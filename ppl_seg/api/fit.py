@@ -105,15 +105,14 @@ def fit_scans(
     check_output_apart(found, out)
     if out is not None:
         claim_model_directory(out, force, resume)
-    chosen = recipe_for_field(chosen, model.field_of_view)
     if steps is None and math.prod(model.grid.shape) > LARGE_GRID:
         few = STEPS_OF_LARGE_GRIDS
         chosen = replace(chosen, sleep_steps=few, steps=few, batch_size=BATCH_OF_LARGE_GRIDS)
-    model = replace(model, recipe=chosen, channels=len(found[0].paths))
     needed = fit_memory(model, chosen, len(found), len(found[0].paths))
     check_memory("fit", needed, available_memory(where), WAY_OUT)
     model, x, observed = load_scans(model, found, mask, channel_align, view)
-    model = replace(model, channels=x.shape[1])
+    chosen = recipe_for_field(chosen, model.field_of_view)
+    model = replace(model, recipe=chosen, channels=x.shape[1])
     watch.lap("read and align")
     if out is not None:
         hashes = [file_sha256(path) for file in found for path in file.paths]

@@ -213,7 +213,7 @@ class Model:
         """
         watch = Stopwatch()
         paths = scan if isinstance(scan, tuple) else (Path(scan),)
-        chosen = self.checked_recipe(recipe, objective, guide, readout, likelihood_power)
+        asked = self.checked_recipe(recipe, objective, guide, readout, likelihood_power)
         check_alignment(align or self.align)
         check_view(view)
         if draws < 1 or (refine or 0) < 0:
@@ -227,6 +227,7 @@ class Model:
         own = load_scan(paths, mask, channel_align)
         watch.lap("read")
         fitting, shown = self.for_scan(own, view)
+        chosen = fitting.adapted_recipe(asked)
         normalised, on_grid, observed, alignment = fitting.place(own, align, shown)
         watch.lap("align")
         with torch.random.fork_rng(devices=[]):
@@ -281,7 +282,7 @@ class Model:
                 "model_hash": self.hash,
                 "seed": seed,
                 "options": self.options(
-                    chosen,
+                    asked,
                     draws=draws,
                     refine=refine,
                     mask=mask,
@@ -292,7 +293,7 @@ class Model:
                 ),
                 "seconds": watch.seconds,
                 "device": str(where),
-                "field": self.field_of_view,
+                "field": fitting.field_of_view,
                 "quality": dict(zip(self.table.names, (float(q) for q in quality), strict=True)),
             },
         )
@@ -313,8 +314,12 @@ class Model:
                 f"--guide {guide}: the model was fitted with {self.recipe.guide}; fit again, or segment from the prior"
             )
         changes = {"objective": objective, "guide": guide, "readout": readout, "likelihood_power": likelihood_power}
-        chosen = changed_recipe(self.recipe, recipe, **changes)
-        return chosen if self.scan_guide is not None else recipe_for_field(chosen, self.field_of_view)
+        return changed_recipe(self.recipe, recipe, **changes)
+
+    def adapted_recipe(self, recipe: Recipe) -> Recipe:
+        """A recipe as it is used for this model's field of view; a fit's own was adapted when it was fitted."""
+        own = self.scan_guide is not None and recipe.name == self.recipe.name
+        return recipe if own else recipe_for_field(recipe, self.field_of_view)
 
     def options(self, recipe: Recipe, **others: Any) -> dict[str, Any]:
         """What decides on a result besides the scan and the model: for provenance, and to skip what is done."""

@@ -1,0 +1,23 @@
+"""The recipe for a field of view."""
+
+from __future__ import annotations
+
+import pytest
+
+from ppl_seg.inference.recipes import RECIPES, build_recipe, recipe_for_field
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("field", ["head", "crop"])
+def test_heads_and_crops_get_the_recipe_as_it_is(name: str, field: str) -> None:
+    assert recipe_for_field(build_recipe(name), field) == build_recipe(name)
+
+
+def test_brains_get_constant_background_weights_and_two_gaussians() -> None:
+    recipe = recipe_for_field(build_recipe("default"), "brain")
+    assert recipe.maps is None and recipe.components == 2
+    assert recipe_for_field(recipe, "brain") == recipe
+
+
+def test_the_notes_model_stays_what_it_is() -> None:
+    assert recipe_for_field(build_recipe("notes"), "brain") == build_recipe("notes")

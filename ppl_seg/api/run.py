@@ -141,12 +141,12 @@ def segment_scans(
             f"{out / folder / stem}_dseg.nii.gz: made from another scan, model or options; "
             "choose another --out, or --force"
         )
-    todo = {job.place: job for job in jobs if force or earlier[job.place] != "complete"}
-    sizes = {place: _voxels(job.paths[0]) for place, job in todo.items()}
+    pending = {job.place: job for job in jobs if force or earlier[job.place] != "complete"}
+    sizes = {place: _voxels(job.paths[0]) for place, job in pending.items()}
     check_room(out, sum(sizes.values()), len(loaded.table) * probabilities + draws * save_draws)
     run = _Run(loaded, out, fixed, probabilities, save_draws, device_used)
-    if todo:  # the largest scan decides, before any work
-        run.share_of_memory(todo[max(sizes, key=lambda place: sizes[place])])
+    if pending:  # the largest scan decides, before any work
+        run.share_of_memory(pending[max(sizes, key=lambda place: sizes[place])])
     write_dataset_files(out, sorted({str(file.base or file.path.parent) for file in found}), __version__)
     write_label_table(out, loaded.table)
     remove_stale(out, [out / folder for folder, _ in places])
@@ -156,7 +156,7 @@ def segment_scans(
     for job in scan_bar(jobs, progress):
         began = time.monotonic()
         row: dict[str, Any] = {"scan": str(job.paths[0]), "status": "skipped", "seconds": 0.0}
-        row |= run.finish(job) if job.place in todo else {"quality": (recorded(out, job.place) or {}).get("Quality")}
+        row |= run.finish(job) if job.place in pending else {"quality": (recorded(out, job.place) or {}).get("Quality")}
         row = {"quality": None, "message": "", **row, "seconds": time.monotonic() - began}
         append_log(out, log_line(row, recorded(out, job.place)))
         report.rows.append(row)

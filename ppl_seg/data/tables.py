@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -44,11 +44,8 @@ def read_table(path: str | os.PathLike[str]) -> LabelTable:
 def read_value_map(path: str | os.PathLike[str]) -> dict[int, int]:
     """The TSV of `--map` (from, to; 0 drops) as a dict. Raises InputError with the line it can't read."""
     path = Path(path)
-    lines = _lines(path)
-    columns = _columns(path, lines, ("from", "to"))
     mapping: dict[int, int] = {}
-    for number, line in lines[1:]:
-        cells = _cells(path, number, line, columns)
+    for number, cells in _records(path, _lines(path), ("from", "to")):
         value = _integer(path, number, "from", cells["from"])
         if value in mapping:
             raise InputError(f"{path}, line {number}: the value {value} is mapped twice; keep one line")
@@ -59,11 +56,8 @@ def read_value_map(path: str | os.PathLike[str]) -> dict[int, int]:
 def read_groups(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
     """The TSV of `--groups` (index, group): group -> values scored as one. Raises InputError with the line."""
     path = Path(path)
-    lines = _lines(path)
-    columns = _columns(path, lines, ("index", "group"))
     group_of: dict[int, str] = {}
-    for number, line in lines[1:]:
-        cells = _cells(path, number, line, columns)
+    for number, cells in _records(path, _lines(path), ("index", "group")):
         index, group = _integer(path, number, "index", cells["index"]), cells["group"]
         if not group:
             raise InputError(f"{path}, line {number}: the group of index {index} is empty")
@@ -149,6 +143,15 @@ def _lines(path: Path) -> list[tuple[int, str]]:
     return [(number, line) for number, line in numbered if line.strip() and not line.startswith("#")]
 
 
+def _records(
+    path: Path, lines: list[tuple[int, str]], required: tuple[str, ...]
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """The rows below the header line: their number and their cells by column."""
+    columns = _columns(path, lines, required)
+    for number, line in lines[1:]:
+        yield number, _cells(path, number, line, columns)
+
+
 def _columns(path: Path, lines: list[tuple[int, str]], required: tuple[str, ...]) -> list[str]:
     """Column names of the header line, in lower case."""
     number, header = lines[0] if lines else (1, "")
@@ -170,10 +173,8 @@ def _cells(path: Path, number: int, line: str, columns: list[str]) -> dict[str, 
 
 
 def _tsv_rows(path: Path, lines: list[tuple[int, str]]) -> list[tuple[int, LabelEntry]]:
-    columns = _columns(path, lines, ("index", "name"))
     rows = []
-    for number, line in lines[1:]:
-        cells = _cells(path, number, line, columns)
+    for number, cells in _records(path, lines, ("index", "name")):
         index = _integer(path, number, "index", cells["index"])
         if not cells["name"]:
             raise InputError(f"{path}, line {number}: the name of index {index} is empty")

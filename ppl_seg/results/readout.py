@@ -81,18 +81,18 @@ def read_out(
     """
     own, total, count = tuple(scan.shape[1:]), scan[0].numel(), model.shape_prior.num_labels
     reader = _Reader(model, theta.detach(), scan, observed, matrix, name)
-    todo = reader.blocks(torch.ones_like(observed[0]) if region is None else region)
+    all_blocks = reader.blocks(torch.ones_like(observed[0]) if region is None else region)
     labels = torch.zeros(total, dtype=torch.int64, device=scan.device)
     confidence, entropy = scan.new_ones(total), scan.new_zeros(total)
     counts = torch.zeros(len(z), count, dtype=torch.int64)
-    counts[:, 0] = total - sum(map(len, todo))
+    counts[:, 0] = total - sum(map(len, all_blocks))
     log_likelihood = torch.zeros(len(z), dtype=torch.float64)
     draws = scan.new_zeros(len(z), total, dtype=torch.uint8 if count <= 256 else torch.int16) if keep_draws else None
     marginals = scan.new_zeros(count, total) if keep_marginals else None
     if marginals is not None:
         marginals[0] = 1.0
-    with torch.no_grad(), _workers(scan.device, len(todo)) as run:
-        for slab in _slabs(todo, int(share * SLAB) // count):
+    with torch.no_grad(), _workers(scan.device, len(all_blocks)) as run:
+        for slab in _slabs(all_blocks, int(share * SLAB) // count):
             sums = [scan.new_zeros(count, len(voxels)) for voxels in slab]
             for first, scores in _decoded(model.shape_prior, z, share, run):
                 some = slice(first, first + scores.shape[-1])
@@ -227,11 +227,11 @@ def _decoded(shape: ShapePrior, z: Tensor, share: float, run: Run) -> Iterator[t
         del scores
 
 
-def _slabs(todo: list[Tensor], size: int) -> Iterator[list[Tensor]]:
+def _slabs(all_blocks: list[Tensor], size: int) -> Iterator[list[Tensor]]:
     """Blocks together as long as they have no more than `size` voxels."""
     slab: list[Tensor] = []
     voxels = 0
-    for block in todo:
+    for block in all_blocks:
         if slab and voxels + len(block) > size:
             yield slab
             slab, voxels = [], 0

@@ -20,7 +20,7 @@ import torch
 import typer.main
 
 import ppl_seg
-from ppl_seg.cli import app, main
+from ppl_seg.cli import app
 from ppl_seg.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -41,19 +41,6 @@ OPTIONS = {
     "evaluate": {"--labels", "--groups", "--out", "--force", "--verbose"},
     "demo": {"--out", "--seed", "--threads", "--verbose"},
 }
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """run(*arguments) gives (exit code, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stop:
-            main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return call
 
 
 class FakeApi:

@@ -21,7 +21,6 @@ import pytest
 import torch
 
 from ppl_seg import __version__
-from ppl_seg.cli import main
 
 SHAPE = (16, 18, 12)
 Run = Callable[..., tuple[str, str]]
@@ -90,14 +89,12 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
+def run(run: Callable[..., tuple[int, str, str]]) -> Run:
     """run(*arguments, code=0) in this process gives (stdout, stderr)."""
 
     def call(*arguments: object, code: int = 0) -> tuple[str, str]:
-        with pytest.raises(SystemExit) as stop:
-            main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        assert stop.value.code == code, out + err
+        found, out, err = run(*arguments)
+        assert found == code, out + err
         return out, err
 
     return call

@@ -10,22 +10,18 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from ppl_seg.cli import main
-
 SHAPE = (10, 12, 8)
 VALUES = (2, 3, 4, 10, 11, 41, 42, 43, 49, 50)
 Run = Callable[..., tuple[str, str]]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
+def run(run: Callable[..., tuple[int, str, str]]) -> Run:
     """run(*arguments) gives (stdout, stderr) of a command that succeeds."""
 
     def call(*arguments: object) -> tuple[str, str]:
-        with pytest.raises(SystemExit) as stop:
-            main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        assert stop.value.code in (0, None), out + err
+        code, out, err = run(*arguments)
+        assert code == 0, out + err
         return out, err
 
     return call

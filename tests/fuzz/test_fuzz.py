@@ -51,9 +51,11 @@ def test_some_damaged_models(model: Path) -> None:
 
 @pytest.mark.slow
 def test_many_damaged_images(tmp_path: Path) -> None:
-    read_damaged("images", 200, 12_000, tmp_path)
+    counts = read_damaged("images", 200, 12_000, tmp_path)
+    assert counts["read"] > 1000 and counts["refused"] > 1000
 
 
 @pytest.mark.slow
 def test_many_damaged_models(model: Path) -> None:
-    read_damaged("models", 60, 2_000, model)
+    counts = read_damaged("models", 60, 2_000, model)
+    assert counts["read"] > 50 and counts["refused"] > 1000

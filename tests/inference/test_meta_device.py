@@ -104,6 +104,8 @@ def test_model_with_observed_left_out_and_shared_theta(form: str, grid: tuple[in
     shared = SharedIntensity(parameters, theta(grid, False, 1).detach())
     model = SegmentationModel(shape_prior(grid), parameters, form=form, shared_intensity=shared)
     backward(poutine.trace(model).get_trace(data(grid)[0]).log_prob_sum())
+    for parameter in shared.parameters():
+        assert parameter.grad is not None and parameter.grad.device == META
 
 
 @each_grid
@@ -150,7 +152,10 @@ def test_label_factors(factor: str, grid: tuple[int, ...]) -> None:
     family = build_family("mean-field", D).to(META)
     model = SegmentationModel(shape_prior(grid), intensity(), form="enumerated")
     guide = LabelFactorGuide(PerScanGuide(family, torch.empty(B, 2 * D, device=META)), model, factor=factor)
-    backward(poutine.trace(guide).get_trace(*data(grid), theta(grid, True)).log_prob_sum())
+    trace = poutine.trace(guide).get_trace(*data(grid), theta(grid, True))
+    backward(trace.log_prob_sum())
+    assert trace.nodes["labels"]["value"].device == META
+    assert guide.z_guide.raw.grad is not None and guide.z_guide.raw.grad.device == META
 
 
 @each_grid

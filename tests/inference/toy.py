@@ -5,10 +5,12 @@ z ~ N(0, 1), x_i | z ~ N(z, 1), i = 1..n: the posterior is N(Σx / (n + 1), 1 / 
 
 from __future__ import annotations
 
+import csv
 import os
 import signal
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -119,6 +121,15 @@ class Deadly(Toy):
         if step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().batch(step, generator)
+
+
+def weights(module: nn.Module) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in module.parameters()]
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as stream:
+        return list(csv.DictReader(stream))
 
 
 if __name__ == "__main__":

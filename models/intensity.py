@@ -116,6 +116,10 @@ class IntensityModel(nn.Module):
         """Whether labels and classes are the same thing."""
         return len(self.class_of_label) == len(self.components)
 
+    def own(self, scan: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
+        """The channels, (B, C, ...), that are intensities: all of them."""
+        return scan, observed
+
     def component_log_joint(self, scan: Tensor, observed: Tensor, theta: IntensityParameters) -> Tensor:
         """log w_q(j) + Σ_c o_cj log N(x_cj; μ_qc, σ²_qc), (B, Q, J), for scan and observed of (B, C, J)."""
         weight = theta.log_weight.unsqueeze(-1)

@@ -12,17 +12,19 @@ from torch.distributions import constraints
 from .draws import draw_categories
 from .intensity import IntensityModel, IntensityParameters
 from .likelihood import label_mixture_expected_log_prob, label_mixture_log_prob
+from .voxels import EVERYWHERE, Voxels, take
 
 
 class LabelMixture(TorchDistribution):
     """x_j ~ Σ_m f_jm p(x_j | m), independent over voxels given z and θ.
 
     Args:
-        scores: decoder output, (*S, B, M, *grid).
+        scores: log f − log p_loc up to a constant, (*S, B, M, *grid), or with `voxels` of those alone, (*S, B, M, n).
         log_location_prior: log p_loc, (M, *grid).
         theta: intensity parameters.
         intensity: the intensity model.
         observed: bool, (B, C or 1, *grid).
+        voxels: flat indices of all voxels that are observed (and perhaps of others): no others count.
 
     batch_shape is (*S, B), event_shape (C, *grid).
     """
@@ -37,10 +39,11 @@ class LabelMixture(TorchDistribution):
         theta: IntensityParameters,
         intensity: IntensityModel,
         observed: Tensor,
+        voxels: Voxels = EVERYWHERE,
     ) -> None:
         self.grid = tuple(log_location_prior.shape[1:])
-        dims = len(self.grid)
-        self.scores = scores.flatten(-dims)
+        self.scores = scores if isinstance(voxels, Tensor) else scores.flatten(-len(self.grid))
+        self.voxels = voxels
         self.log_location_prior = log_location_prior.flatten(1)
         self.theta, self.intensity = theta, intensity
         self.observed = observed.expand(-1, intensity.channels, *self.grid).flatten(2)
@@ -57,13 +60,16 @@ class LabelMixture(TorchDistribution):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> LabelMixture:
         """The same distribution with scores of a wider batch shape."""
-        scores = self.scores.expand(*batch_shape, *self.scores.shape[-2:]).unflatten(-1, self.grid)
-        location = self.log_location_prior.unflatten(-1, self.grid)
-        return LabelMixture(scores, location, self.theta, self.intensity, self.observed.unflatten(-1, self.grid))
+        scores = self.scores.expand(*batch_shape, *self.scores.shape[-2:])
+        if not isinstance(self.voxels, Tensor):
+            scores = scores.unflatten(-1, self.grid)
+        location, observed = (part.unflatten(-1, self.grid) for part in (self.log_location_prior, self.observed))
+        return LabelMixture(scores, location, self.theta, self.intensity, observed, self.voxels)
 
     def _arguments(self, scan: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, IntensityParameters, IntensityModel]:
         flat = torch.where(self.observed, scan.flatten(2), 0.0)
-        return self.scores, self.log_location_prior, flat, self.observed, self.theta, self.intensity
+        location, flat, observed = (take(x, self.voxels) for x in (self.log_location_prior, flat, self.observed))
+        return self.scores, location, flat, observed, self.theta.at(self.voxels), self.intensity
 
     def log_prob(self, scan: Tensor) -> Tensor:
         """Exact log-likelihood of scans (B, C, *grid), (*S, B)."""
@@ -74,7 +80,13 @@ class LabelMixture(TorchDistribution):
         return label_mixture_expected_log_prob(*self._arguments(scan))
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
-        """Simulated scans, (*sample_shape, *S, B, C, *grid); unobserved voxels are 0."""
+        """Simulated scans, (*sample_shape, *S, B, C, *grid); unobserved voxels are 0.
+
+        Raises:
+            ValueError: the scores are of some voxels alone.
+        """
+        if isinstance(self.voxels, Tensor):
+            raise ValueError("only the scores of some voxels are here; simulate without `voxels`")
         f = (self.scores + self.log_location_prior).softmax(-2)
         labels = draw_categories(f.expand(*sample_shape, *f.shape))
         scan = sample_intensities(labels, self.theta, self.intensity)

@@ -15,7 +15,8 @@ from torch.distributions import constraints
 from .intensity import IntensityModel, IntensityParameters
 from .intensity_prior import IntensityPrior, SharedIntensity
 from .label_mixture import LabelMixture, sample_intensities
-from .shape_prior import ShapePrior
+from .shape_prior import LabelPrior
+from .voxels import EVERYWHERE, seen_by_any
 
 Form = Literal["collapsed", "enumerated"]
 
@@ -33,7 +34,7 @@ class SegmentationModel(PyroModule):
 
     def __init__(
         self,
-        shape_prior: ShapePrior,
+        shape_prior: LabelPrior,
         intensity: IntensityModel,
         likelihood_power: float = 1.0,
         form: Form = "collapsed",
@@ -91,9 +92,14 @@ class SegmentationModel(PyroModule):
 
     def _collapsed(self, scan: Tensor | None, observed: Tensor, theta: IntensityParameters, batch: int) -> Tensor:
         shape = self.shape_prior
+        # what no scan observes has no part in the factor
+        voxels = EVERYWHERE if scan is None else seen_by_any(observed.flatten(2))
         with pyro.plate("scans", batch, dim=-1):
             z = pyro.sample("z", shape.prior())
-            mixture = LabelMixture(shape.label_scores(z), shape.log_location_prior, theta, self.intensity, observed)
+            scores = shape.flat_scores(z, voxels)
+            if not isinstance(voxels, Tensor):
+                scores = scores.unflatten(-1, shape.grid)
+            mixture = LabelMixture(scores, shape.log_location_prior, theta, self.intensity, observed, voxels)
             with poutine.scale(scale=self.likelihood_power):
                 drawn: Tensor = pyro.sample("scan", mixture, obs=scan)
         return drawn

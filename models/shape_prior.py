@@ -13,17 +13,14 @@ from torch.nn import functional
 
 from .decoders import Lattice
 from .label_field import LabelField
+from .voxels import Voxels, take
 
 
-class ShapePrior(nn.Module):
-    """f_j(z) = softmax_m(decoder(m + L z)_jm + log p_loc,jm), with p(z) = N(0, I).
-
-    m = 0 and L = I while the decoder is learned; `calibrate` then sets them, so that p(z) is the density of the
-    anatomies themselves and not of their augmented copies.
+class LabelPrior(nn.Module):
+    """p(z) = N(0, I) and p(s|z): f = softmax_m(scores(z) + log p_loc). Subclasses say what the scores are.
 
     Args:
         location_prior: p_loc, (M, *grid), positive.
-        decoder: z (..., D) → scores (..., M, *grid); a lattice as second argument where it is trained on one.
         latent_dim: D.
 
     Raises:
@@ -31,17 +28,12 @@ class ShapePrior(nn.Module):
     """
 
     log_location_prior: Tensor
-    latent_loc: Tensor
-    latent_scale_tril: Tensor
 
-    def __init__(self, location_prior: Tensor, decoder: nn.Module, latent_dim: int) -> None:
+    def __init__(self, location_prior: Tensor, latent_dim: int) -> None:
         super().__init__()
         if not location_prior.is_meta and not bool((location_prior > 0).all()):
             raise ValueError("the location prior must be positive everywhere: give it a floor")
         self.register_buffer("log_location_prior", location_prior.log())
-        self.register_buffer("latent_loc", location_prior.new_zeros(latent_dim))
-        self.register_buffer("latent_scale_tril", torch.eye(latent_dim, dtype=location_prior.dtype))
-        self.decoder = decoder
         self.latent_dim = latent_dim
 
     @property
@@ -63,6 +55,52 @@ class ShapePrior(nn.Module):
         """p(z) of one scan: N(0, I) with event shape (D,)."""
         zero = self.log_location_prior.new_zeros(self.latent_dim)
         return dist.Normal(zero, torch.ones_like(zero)).to_event(1)
+
+    def label_scores(self, z: Tensor, lattice: Lattice | None = None) -> Tensor:
+        """Scores, (..., M, *grid), or on the lattice's voxels alone."""
+        raise NotImplementedError
+
+    def flat_scores(self, z: Tensor, voxels: Voxels) -> Tensor:
+        """Scores at some voxels, (..., M, n)."""
+        return take(self.label_scores(z).flatten(-len(self.grid)), voxels)
+
+    def coarse_scores(self, z: Tensor) -> Tensor | None:
+        """The scores before they are interpolated to the grid, (..., M, *coarse grid), of priors that do so."""
+        return None
+
+    def label_logits(self, z: Tensor, lattice: Lattice | None = None) -> Tensor:
+        """a = scores + log p_loc, (..., M, *grid), or on the lattice's voxels alone."""
+        location = self.log_location_prior if lattice is None else self.log_location_prior[(slice(None), *lattice)]
+        return self.label_scores(z, lattice) + location
+
+    def log_label_probs(self, z: Tensor) -> Tensor:
+        """log f, (..., M, *grid)."""
+        return self.label_logits(z).log_softmax(-1 - len(self.grid))
+
+
+class ShapePrior(LabelPrior):
+    """f_j(z) = softmax_m(decoder(m + L z)_jm + log p_loc,jm), with p(z) = N(0, I).
+
+    m = 0 and L = I while the decoder is learned; `calibrate` then sets them, so that p(z) is the density of the
+    anatomies themselves and not of their augmented copies.
+
+    Args:
+        location_prior: p_loc, (M, *grid), positive.
+        decoder: z (..., D) → scores (..., M, *grid); a lattice as second argument where it is trained on one.
+        latent_dim: D.
+
+    Raises:
+        ValueError: p_loc not positive everywhere.
+    """
+
+    latent_loc: Tensor
+    latent_scale_tril: Tensor
+
+    def __init__(self, location_prior: Tensor, decoder: nn.Module, latent_dim: int) -> None:
+        super().__init__(location_prior, latent_dim)
+        self.register_buffer("latent_loc", location_prior.new_zeros(latent_dim))
+        self.register_buffer("latent_scale_tril", torch.eye(latent_dim, dtype=location_prior.dtype))
+        self.decoder = decoder
 
     def label_scores(self, z: Tensor, lattice: Lattice | None = None) -> Tensor:
         """Decoder output, (..., M, *grid), or on the lattice's voxels alone."""
@@ -87,22 +125,13 @@ class ShapePrior(nn.Module):
         self.latent_loc.copy_(loc)
         self.latent_scale_tril.copy_(torch.linalg.cholesky(covariance))
 
-    def label_logits(self, z: Tensor, lattice: Lattice | None = None) -> Tensor:
-        """a = scores + log p_loc, (..., M, *grid), or on the lattice's voxels alone."""
-        location = self.log_location_prior if lattice is None else self.log_location_prior[(slice(None), *lattice)]
-        return self.label_scores(z, lattice) + location
-
-    def log_label_probs(self, z: Tensor) -> Tensor:
-        """log f, (..., M, *grid)."""
-        return self.label_logits(z).log_softmax(-1 - len(self.grid))
-
 
 class ShapeModel(PyroModule):
     """The stage-1 program: sites `z` and `labels`, plate `scans`."""
 
     max_plate_nesting = 1
 
-    def __init__(self, shape_prior: ShapePrior) -> None:
+    def __init__(self, shape_prior: LabelPrior) -> None:
         super().__init__()
         self.shape_prior = shape_prior
 
@@ -148,14 +177,18 @@ def location_prior(labels: Tensor, observed: Tensor, num_labels: int, blur: floa
         labels: label positions, (n, *grid). observed: bool, (n, 1, *grid).
         num_labels: M. blur: sd of the Gaussian, voxels. floor: mass given to all labels alike; > 0.
     """
-    dims = labels.dim() - 1
     seen = observed[:, 0]
     counts = torch.stack([((labels == m) & seen).sum(0).float() for m in range(num_labels)])
+    return smoothed_frequency(counts, blur, floor)
+
+
+def smoothed_frequency(counts: Tensor, blur: float, floor: float = 1e-3) -> Tensor:
+    """p_loc, (M, *grid), from how often each label was seen in each voxel; arguments as `location_prior`."""
+    counts = counts.clone()
     counts[0] += 0.5  # voxels that no map observes are background
     blurred = gaussian_blur(counts.unsqueeze(0), blur)[0]
     frequency = blurred / blurred.sum(0, keepdim=True)
-    assert frequency.dim() == dims + 1
-    return (1 - floor) * frequency + floor / num_labels
+    return (1 - floor) * frequency + floor / len(counts)
 
 
 def gaussian_blur(volume: Tensor, sd: float) -> Tensor:

@@ -99,7 +99,11 @@ def prior(
         float | None, typer.Option(metavar="MM", help="Voxel size of the prior's grid; default: the maps'.")
     ] = None,
     align: Align = None,
-    latent_dim: Annotated[int | None, typer.Option(min=1, metavar="N", help="Dimensions of the latent shape.")] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(metavar="convolutional|warp", help="A decoder, or an atlas that z deforms; default: by the maps."),
+    ] = None,
+    latent_dim: Annotated[int | None, typer.Option(min=1, metavar="N", help="Dimensions of a decoder's shape.")] = None,
     guide: Annotated[str, typer.Option(metavar="NAME", help="mean-field, low-rank.")] = "mean-field",
     objective: Annotated[str, typer.Option(metavar="marginal|trace", help="KL analytic or sampled.")] = ("marginal"),
     participant_label: Participants = None,
@@ -124,6 +128,7 @@ def prior(
         merge_sides=merge_sides,
         spacing=spacing,
         align=align,
+        shape=shape,
         latent_dim=latent_dim,
         guide=guide,
         objective=objective,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppl_seg.api.labels import learn_label_network
 from ppl_seg.api.load import load_model
 from ppl_seg.api.model import Model
 from ppl_seg.api.output import ASLEEP, begin_training, claim_model_directory, finish_training, is_finished, say
@@ -91,7 +92,9 @@ def fit_scans(
     if chosen.shape == "location":
         raise InputError(f"--recipe {chosen.name}: has no latent shape to fit; segment with it from the prior")
     if steps is not None:
-        chosen = replace(chosen, sleep_steps=min(chosen.sleep_steps, steps))
+        chosen = replace(
+            chosen, sleep_steps=min(chosen.sleep_steps, steps), label_steps=min(chosen.label_steps, steps)
+        )
     check_channel_alignment(channel_align)
     check_view(view)
     where, watch = resolve_device(device), Stopwatch()
@@ -144,11 +147,16 @@ def fit_scans(
     theta, log = stage.learn_awake(program, scan_guide, theta)
     watch.lap("fit")
     freeze(scan_guide.cpu())
+    rounds: list[dict[str, float]] = []
     config = {**model.config, "scan_guide": {"options": {}}}
     config["training"] = {**config["training"], "fit": {"scans": len(x), "seed": seed, "steps": chosen.steps}}
     fitted = replace(model, scan_guide=scan_guide, theta=theta.detach().to("cpu"), config=config)
+    if chosen.label_rounds and chosen.label_steps:
+        fitted, rounds = learn_label_network(fitted, stage.scans, stage.observed, training, out, resume, progress)
+        watch.lap("labels")
     if out is not None:
-        report = {"scans": len(x), "steps": log.steps, "seconds": log.seconds, **log.last_terms()}
+        report: dict[str, Any] = {"scans": len(x), "steps": log.steps, "seconds": log.seconds, **log.last_terms()}
+        report |= {"label_rounds": rounds}
         report |= run_record(str(where)) | {"stages": watch.seconds}
         log_file = Path(out) / "training.csv"
         fitted.save(out, {"training.csv": log_file.read_bytes(), "report.json": json.dumps(report, indent=2)})

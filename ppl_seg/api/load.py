@@ -18,8 +18,10 @@ from ppl_seg.data.fields import FIELDS
 from ppl_seg.data.grids import Grid
 from ppl_seg.data.labels import LabelTable
 from ppl_seg.errors import InputError
+from ppl_seg.guides.label_maps import LabelMapGuide
 from ppl_seg.inference.networks import (
-    build_label_map_guide,
+    build_label_guide,
+    build_label_network,
     build_scan_guide,
     build_segmentation_model,
     build_shape_prior,
@@ -83,7 +85,8 @@ def _assemble(config: dict[str, Any], tensors: dict[str, Tensor]) -> Model:
     networks = _networks(config, recipe, location)
     for prefix, network in networks.items():
         network.load_state_dict(take_prefix(tensors, prefix))
-    networks["label_guide"].follow(networks["shape_prior"])
+    if isinstance(networks["label_guide"], LabelMapGuide):
+        networks["label_guide"].follow(networks["shape_prior"])
     for network in networks.values():
         freeze(network)
     model = Model(
@@ -98,6 +101,7 @@ def _assemble(config: dict[str, Any], tensors: dict[str, Tensor]) -> Model:
         channels=config["channels"],
         scan_guide=networks.get("scan_guide"),
         theta=theta_from(take_prefix(tensors, "theta")),
+        label_network=networks.get("label_network"),
         field_of_view=config["field"],
     )
     build_segmentation_model(model.shape_prior, table.class_of_label, model.channels, recipe)
@@ -110,14 +114,16 @@ def _networks(config: Mapping[str, Any], recipe: Recipe, location: Tensor) -> di
     prior = build_shape_prior(location, shape["decoder"], shape["latent_dim"], **_options(shape))
     networks: dict[str, nn.Module] = {
         "shape_prior": prior,
-        "label_guide": build_label_map_guide(
-            labels["family"], shape["latent_dim"], prior.num_labels, prior.grid, **_options(labels)
-        ),
+        "label_guide": build_label_guide(prior, labels["family"], **_options(labels)),
     }
     if config["kind"] == "fit":
         networks["scan_guide"] = build_scan_guide(
             recipe.guide, prior.latent_dim, config["channels"], prior.grid, **_options(config["scan_guide"])
         )
+        if "label_network" in config:
+            networks["label_network"] = build_label_network(
+                config["channels"], prior.num_labels, prior.grid, **_options(config["label_network"])
+            )
     return networks
 
 

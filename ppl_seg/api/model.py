@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pyro import distributions as dist
 from torch import Tensor
 
 from ppl_seg import __version__
@@ -21,11 +22,15 @@ from ppl_seg.data.images import read_label_map
 from ppl_seg.data.labels import LabelTable
 from ppl_seg.data.loading import OwnScan, labels_on_grid, load_scan, scan_on_grid
 from ppl_seg.data.names import parse_name
+from ppl_seg.data.resampling import inside as field_on_grid
 from ppl_seg.errors import InputError
-from ppl_seg.guides.families import build_family
+from ppl_seg.guides.deformations import DeformationGuide
+from ppl_seg.guides.families import Family, build_family
 from ppl_seg.guides.label_maps import LabelMapGuide
+from ppl_seg.guides.label_network import LabelNetwork
 from ppl_seg.guides.scans import ScanGuide
-from ppl_seg.inference.expectation import update_theta
+from ppl_seg.inference.expectation import label_responsibilities, update_theta
+from ppl_seg.inference.label_training import log_label_marginals
 from ppl_seg.inference.networks import (
     build_segmentation_model,
     freeze,
@@ -37,16 +42,41 @@ from ppl_seg.inference.recipes import Recipe, build_recipe, changed_recipe, reci
 from ppl_seg.inference.store import save_model, tensor_bytes
 from ppl_seg.inference.trainer import resolve_device
 from ppl_seg.inference.training_options import derived_seed
+from ppl_seg.models.guided_intensity import mask_log_factor, with_label_factor, with_log_factor
 from ppl_seg.models.intensity import IntensityParameters
 from ppl_seg.models.normalisation import normalise
 from ppl_seg.models.segmentation import SegmentationModel
-from ppl_seg.models.shape_prior import ShapePrior
+from ppl_seg.models.shape_prior import LabelPrior
 from ppl_seg.results.provenance import Stopwatch
 from ppl_seg.results.readout import read_out
 from ppl_seg.results.segmentation import Segmentation
 from ppl_seg.results.volumes import border_flags, label_quality
 
+NEAR_BRAIN = 0.98  # probability of background below which a voxel outside a brain mask says something
 START_SCALE = 0.3  # sd of a scan's own q(z) before its first step: the gradient hears the data before the noise
+
+
+@dataclass(frozen=True)
+class Inference:
+    """One scan's posterior on the grid.
+
+    bound: of the objective, nats; kl: KL(q ‖ p). program, data: what z was inferred with, (scan, observed), with the label
+    guide's factor where there is one. model: the program without it; log_factor: it, log u (M, *grid), or None.
+    """
+
+    posterior: Posterior
+    program: SegmentationModel
+    data: tuple[Tensor, Tensor]
+    model: SegmentationModel
+    log_factor: Tensor | None
+    bound: float
+    kl: float
+
+    def label_marginals(self, draws: int) -> Tensor:
+        """Responsibilities averaged over draws of z, (1, M, *grid)."""
+        z = self.posterior.sample(draws)
+        r = label_responsibilities(self.program, z, *self.data, self.posterior.theta)
+        return r.unflatten(-1, self.model.shape_prior.grid)
 
 
 @dataclass
@@ -59,20 +89,22 @@ class Model:
         shape_prior, label_guide: p(z) p(s|z) and q(z|s), frozen. codes: q(z|s) means of the prior's label maps, (n, D).
         config: names and options of the networks, as in config.json.
         recipe: of stage 2. channels: C.
-        scan_guide: q(z|x), after a fit. theta: of a fit: background maps, and shared or typical parameters.
+        scan_guide, label_network: q(z|x) and q(s|x), after a fit.
+        theta: of a fit: background maps, and shared or typical parameters.
     """
 
     table: LabelTable
     grid: Grid
     align: str
-    shape_prior: ShapePrior
-    label_guide: LabelMapGuide
+    shape_prior: LabelPrior
+    label_guide: LabelMapGuide | DeformationGuide
     codes: Tensor
     config: dict[str, Any]
     recipe: Recipe = field(default_factory=lambda: build_recipe("default"))
     channels: int = 1
     scan_guide: ScanGuide | None = None
     theta: IntensityParameters | None = None
+    label_network: LabelNetwork | None = None
     field_of_view: str = "crop"
 
     def save(self, directory: str | Path, files: dict[str, bytes | str] | None = None) -> None:
@@ -95,7 +127,8 @@ class Model:
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"theta.{name}": tensor for name, tensor in theta_tensors(self.theta).items()}
         tensors |= with_prefix(self.shape_prior, "shape_prior") | with_prefix(self.label_guide, "label_guide")
-        return tensors | with_prefix(self.scan_guide, "scan_guide") | {"codes": self.codes}
+        tensors |= with_prefix(self.scan_guide, "scan_guide") | with_prefix(self.label_network, "label_network")
+        return tensors | {"codes": self.codes}
 
     @property
     def hash(self) -> str:
@@ -232,21 +265,17 @@ class Model:
         watch.lap("align")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derived_seed(seed, 0, Path(paths[0]).name))
-            posterior, model = fitting._infer(
-                chosen, on_grid.to(where), observed.to(where), refine, shape_from, alignment
-            )
-            bound = {
-                "bound": posterior.bound(model, chosen.objective, on_grid.to(where), observed.to(where)),
-                "kl": float(posterior.kl(model)[0]),
-            }
-            z = posterior.sample(draws)[:, 0]
+            encoded = None if shape_from is None else fitting._encoded(shape_from, alignment, where)
+            shows = field_on_grid(alignment.matrix, own.image.shape, fitting.grid.shape)
+            found = fitting.infer(chosen, on_grid.to(where), observed.to(where), refine, encoded, inside=shows)
+            z = found.posterior.sample(draws)[:, 0]
             watch.lap("infer")
             # outside the mask is background; within it, voxels without a value may be anything
             region = own.observed.any(0) | ~torch.from_numpy(np.isfinite(own.image.data))
             result = read_out(
-                model,
+                found.model,
                 z,
-                posterior.theta,
+                found.posterior.theta,
                 normalised.to(where),
                 own.observed.to(where),
                 alignment.matrix,
@@ -255,6 +284,8 @@ class Model:
                 keep_probabilities,
                 region.to(where),
                 share,
+                found.log_factor,
+                chosen.readout_power,
             )
         positions = result.labels.cpu().numpy()
         quality = label_quality(positions, result.confidence.cpu().numpy(), len(self.table))
@@ -274,7 +305,7 @@ class Model:
             observed=observed[0].numpy(),
             alignment=alignment,
             sample_stats={"log_evidence": result.log_likelihood.cpu().numpy()},
-            bound=bound,
+            bound={"bound": found.bound, "kl": found.kl},
             provenance={
                 "sources": [str(path) for path in paths],
                 "scan": parse_name(paths[0]).stem,
@@ -326,67 +357,120 @@ class Model:
         others["align"] = others.get("align") or self.align
         return {"recipe": recipe.to_dict(), **{name: str(value) for name, value in others.items()}}
 
-    def _infer(
+    def infer(
         self,
         recipe: Recipe,
         scan: Tensor,
         observed: Tensor,
-        refine: int | None,
-        shape_from: str | Path | None,
-        alignment: Alignment,
-    ) -> tuple[Posterior, SegmentationModel]:
-        """q(z) and θ of one scan on the grid."""
+        refine: int | None = None,
+        encoded: dist.Distribution | None = None,
+        amortised: bool = True,
+        inside: Tensor | None = None,
+    ) -> Inference:
+        """q(z) and θ of one scan, (1, C, *grid), as `segment` infers them.
+
+        Args:
+            recipe: adapted to the field of view. refine: gradient steps; None takes the recipe's.
+            encoded: q(z) in place of its inference. amortised: start from q(z|x), where there is one.
+            inside: bool, (*grid), the image's field of view; None, all of the grid.
+
+        Raises:
+            InputError: the recipe shares θ among scans, and the model was fitted to none.
+        """
         device = scan.device
         model = self.program(recipe, scan.shape[1]).to(device)
         fitted = self.scan_guide is not None and recipe.shape == "prior"
         maps = self.theta.background_log_weight if fitted and self.theta is not None else None
         maps = None if maps is None or recipe.maps is None else maps.to(device)
+        program, data = model, (scan, observed)
+        log_factor, evidence = self._evidence(recipe, scan, observed, inside, fitted)
+        if evidence is not None:
+            program = with_label_factor(self.program(recipe, scan.shape[1]).to(device))
+            data = with_log_factor(scan, observed, *evidence)
         if recipe.intensity == "shared" and model.shared_intensity is not None:
             theta: IntensityParameters = model.shared_intensity()
         elif recipe.intensity == "shared":
             raise InputError("shared intensities come from a fit: segment with its model, or choose another recipe")
         else:
-            theta = start_theta(model, scan, observed, recipe, maps)
-        if shape_from is not None:
-            return self._encoded(recipe, model, scan, observed, theta, shape_from, alignment), model
-        if fitted and self.scan_guide is not None:
-            guide = self.scan_guide.to(device)
-            with torch.no_grad():
-                raw = guide.raw(scan, observed)
-            steps, family = recipe.refine_steps if refine is None else refine, guide.family
-            if recipe.intensity == "per-scan":
-                z = family(raw).sample((4,))
-                for _ in range(recipe.em_iterations // 2):
-                    theta, _ = update_theta(model, z, scan, observed, theta, factor_of(recipe.objective), recipe.pseudo)
+            theta = start_theta(program, *data, recipe, maps)
+        if encoded is not None:
+            posterior = Posterior(encoded, self._theta_at(encoded, program, data, theta, recipe, recipe.em_iterations))
         else:
-            family = build_family(recipe.guide, self.shape_prior.latent_dim).to(device)
-            raw = torch.zeros(len(scan), family.num_parameters, device=device)
-            steps = recipe.per_scan_steps if refine is None else refine
-            if steps:
-                raw = family.raw_at(best_start(model, self.codes.to(device), scan, observed, theta), START_SCALE)
-        learn_maps = maps is None and recipe.maps is not None
-        return infer(model, family, raw, scan, observed, theta, recipe, steps, learn_maps), model
+            family, raw, steps = self._start(recipe, refine, program, data, theta, amortised)
+            if fitted and amortised and recipe.intensity == "per-scan":
+                theta = self._theta_at(family(raw), program, data, theta, recipe, recipe.em_iterations // 2)
+            posterior = infer(
+                program, family, raw, *data, theta, recipe, steps, maps is None and recipe.maps is not None
+            )
+        bound = posterior.bound(program, recipe.objective, *data)
+        return Inference(posterior, program, data, model, log_factor, bound, float(posterior.kl(program)[0]))
 
-    def _encoded(
+    def _evidence(
+        self, recipe: Recipe, scan: Tensor, observed: Tensor, inside: Tensor | None, fitted: bool
+    ) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+        """What else than intensities speaks of labels: log factor of the read-out (M, *grid), and of the inference.
+
+        The latter (1, M, *grid) with where it counts (1, 1, *grid). Outside a brain mask but near brains only the mask
+        speaks.
+        """
+        location = self.shape_prior.log_location_prior.to(scan.device)
+        seen = observed.any(1, keepdim=True)
+        said, total = None, torch.zeros_like(location)[None]
+        if fitted and self.label_network is not None and recipe.label_rounds:
+            network = self.label_network.to(scan.device)
+            said = log_label_marginals(network, location, scan, observed)
+            total = torch.where(seen, said, 0.0)
+        if not recipe.mask_background:
+            return (None, None) if said is None else (said[0], (total, seen))
+        mask = mask_log_factor(seen, len(location), recipe.mask_background)
+        near = location[0].exp() < NEAR_BRAIN
+        counts = seen | (near if inside is None else near & inside.to(near.device))
+        within = mask_log_factor(torch.ones_like(seen), len(location), recipe.mask_background)
+        return (within if said is None else within + said)[0], (total + mask, counts)
+
+    def _start(
         self,
         recipe: Recipe,
-        model: SegmentationModel,
-        scan: Tensor,
-        observed: Tensor,
+        refine: int | None,
+        program: SegmentationModel,
+        data: tuple[Tensor, Tensor],
         theta: IntensityParameters,
-        truth: str | Path,
-        alignment: Alignment,
-    ) -> Posterior:
-        """z from q(z|s) of a label map in place of inference; θ by EM at its draws."""
+        amortised: bool,
+    ) -> tuple[Family, Tensor, int]:
+        """A family, where its raw parameters start, and the number of gradient steps."""
+        scan, observed = (part[:, : self.channels] for part in data)
+        if amortised and self.scan_guide is not None and recipe.shape == "prior":
+            guide = self.scan_guide.to(scan.device)
+            with torch.no_grad():
+                raw = guide.raw(scan, observed)
+            return guide.family, raw, recipe.refine_steps if refine is None else refine
+        steps = recipe.per_scan_steps if refine is None else refine
+        family = build_family(recipe.guide, program.shape_prior.latent_dim).to(scan.device)
+        raw = torch.zeros(len(scan), family.num_parameters, device=scan.device)
+        if steps:
+            raw = family.raw_at(best_start(program, self.codes.to(scan.device), *data, theta), START_SCALE)
+        return family, raw, steps
+
+    def _theta_at(
+        self,
+        q: dist.Distribution,
+        program: SegmentationModel,
+        data: tuple[Tensor, Tensor],
+        theta: IntensityParameters,
+        recipe: Recipe,
+        iterations: int,
+    ) -> IntensityParameters:
+        """θ by EM at a few draws of q."""
+        z = q.sample((4,))
+        for _ in range(iterations):
+            theta, _ = update_theta(program, z, *data, theta, factor_of(recipe.objective), recipe.pseudo)
+        return theta
+
+    def _encoded(self, truth: str | Path, alignment: Alignment, device: torch.device) -> dist.Distribution:
+        """q(z|s) of a label map."""
         image = read_label_map(truth)
         labels, inside = labels_on_grid(image, self.table, {}, alignment.matrix, self.grid.shape)
-        guide = self.label_guide.to(scan.device)
+        guide = self.label_guide.to(device)
         with torch.no_grad():
-            q = guide.posterior(labels[None].to(scan.device), inside[None].to(scan.device))
-        posterior = Posterior(q, theta)
-        z = posterior.sample(4)
-        for _ in range(recipe.em_iterations):
-            posterior.theta, _ = update_theta(
-                model, z, scan, observed, posterior.theta, factor_of(recipe.objective), recipe.pseudo
-            )
-        return posterior
+            encoded: dist.Distribution = guide.posterior(labels[None].to(device), inside[None].to(device))
+        return encoded

@@ -15,6 +15,7 @@ from ppl_seg.inference.checkpoint import remove_checkpoint
 
 LOGGER = logging.getLogger("ppl_seg")
 ASLEEP = "asleep"  # folder of the checkpoint of a fit's first training
+LABELS = "labels"  # and of its last, with a folder for each round
 BEGUN = "begun.json"  # what the training in progress is of
 
 
@@ -83,6 +84,7 @@ def finish_training(directory: str | Path) -> None:
     """The model and its figures are written: remove what served the training."""
     folder = Path(directory)
     remove_checkpoint(folder)  # from here on it is finished
-    shutil.rmtree(folder / ASLEEP, ignore_errors=True)
+    for name in (ASLEEP, LABELS):
+        shutil.rmtree(folder / name, ignore_errors=True)
     remove(folder / BEGUN)
     remove_temporaries(folder)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ from torch import Tensor
 from ppl_seg.api.load import load_model
 from ppl_seg.api.model import Model
 from ppl_seg.api.output import begin_training, claim_model_directory, finish_training, is_finished, say
+from ppl_seg.api.shapes import CLIP_NORM, LATENT_DIM, LEARNING_RATE, Lesson, learn_decoder, learn_warp
 from ppl_seg.api.trust import trust
 from ppl_seg.data.alignment import check_alignment
-from ppl_seg.data.augmentation import deform
 from ppl_seg.data.cohort import Found, Selection, check_output_apart, find_label_maps
 from ppl_seg.data.fields import brain_labels, field_of_maps
 from ppl_seg.data.grids import Grid, alignment_matrix, common_grid, default_align, default_spacing
@@ -32,33 +31,14 @@ from ppl_seg.data.tables import read_value_map, table_for
 from ppl_seg.errors import InputError
 from ppl_seg.files import file_sha256
 from ppl_seg.guides.families import FAMILIES
-from ppl_seg.inference.calibration import calibrate_prior
-from ppl_seg.inference.networks import build_label_map_guide, build_shape_prior, freeze
-from ppl_seg.inference.objectives import build_objective
+from ppl_seg.inference.networks import WARP
 from ppl_seg.inference.report import prior_report
-from ppl_seg.inference.tasks import LabelMapTask
-from ppl_seg.inference.trainer import TrainingOptions, fit, resolve_device
-from ppl_seg.inference.training_options import LARGE_GRID
+from ppl_seg.inference.trainer import TrainingOptions, resolve_device
 from ppl_seg.models.shape_prior import ShapeModel, location_prior
 from ppl_seg.results.provenance import Stopwatch, run_record
 
 FEWEST_MAPS = 3
 HELD_OUT_SHARE = 0.1
-LEARNING_RATE = 1.5e-3
-CLIP_NORM = 0.01  # of the bound per voxel; a looser one let a spike collapse q(z|s) to the prior
-LATENT_DIM = 64
-
-
-@dataclass(frozen=True)
-class Effort:
-    """Steps, label maps a step, and the stride of the lattice on which a step's likelihood is taken."""
-
-    steps: int
-    batch_size: int
-    stride: int
-
-
-SMALL, LARGE = Effort(4000, 8, 1), Effort(1000, 4, 2)  # below and above LARGE_GRID
 
 
 @dataclass(frozen=True)
@@ -87,6 +67,7 @@ def learn_prior(
     merge_sides: bool = False,
     spacing: float | None = None,
     align: str | None = None,
+    shape: str | None = None,
     latent_dim: int | None = None,
     guide: str = "mean-field",
     objective: str = "marginal",
@@ -105,7 +86,9 @@ def learn_prior(
     Args:
         label_maps: files, folders, globs. out: model directory to write, with a report and figures.
         labels: label table. value_map: TSV from, to, applied first. merge_sides: left and right become one.
-        spacing: of the prior's grid, mm. align: none, center, rigid or affine. latent_dim: D.
+        spacing: of the prior's grid, mm. align: none, center, rigid or affine.
+        shape: convolutional, a decoder of latent dimension `latent_dim`, or warp, an atlas that z deforms; None takes
+            warp for brains and heads, of which there are few maps, and convolutional for crops.
         guide: family of q(z|s). objective: marginal or trace. steps: of training.
         participants, sessions: labels of the only ones to take; () takes all.
         resume: go on from the checkpoint in `out`. force: replace what is in `out`.
@@ -118,10 +101,17 @@ def learn_prior(
     trust(guide)
     if guide not in FAMILIES:
         raise InputError(f"--guide {guide}: unknown; choose one of {', '.join(sorted(FAMILIES))}")
+    if shape not in (None, "convolutional", WARP):
+        raise InputError(f"--shape {shape}: unknown; choose convolutional or {WARP}")
+    if shape == WARP and (latent_dim is not None or objective != "marginal"):
+        raise InputError(
+            f"--shape {WARP}: its latent dimension follows from the grid, and its KL is analytic; leave "
+            "--latent-dim and --objective out"
+        )
     if latent_dim is not None and latent_dim < 1:
         raise InputError(f"--latent-dim {latent_dim}: expected at least 1")
     options = TrainingOptions(
-        steps=SMALL.steps if steps is None else steps,
+        steps=steps or 0,
         learning_rate=LEARNING_RATE,
         warmup_steps=100,
         clip_norm=CLIP_NORM,
@@ -139,63 +129,41 @@ def learn_prior(
         claim_model_directory(out, force, resume)
     watch = Stopwatch()
     maps = load_label_maps(found, labels, value_map, merge_sides, spacing, align)
+    chosen = shape or default_shape(maps.field_of_view, latent_dim, objective)
     watch.lap("read and align")
     if out is not None:
         identity: dict[str, Any] = {"label table": maps.table.to_dict(), "grid": maps.grid.to_dict()}
         identity |= {"alignment": maps.align, "latent dimension": latent_dim, "guide": guide, "objective": objective}
+        identity |= {"shape": chosen}
         hashes = [file_sha256(path) for file in found for path in file.paths]
         begin_training(out, identity | {"label maps": hashes}, resume)
     held_out = held_out_persons(maps.persons)
     kept = ~held_out
-    num_labels = len(maps.table)
-    location = location_prior(maps.labels[kept], maps.observed[kept], num_labels)
-    dim = latent_dim or LATENT_DIM
+    location = location_prior(maps.labels[kept], maps.observed[kept], len(maps.table))
+    lesson = Lesson(location, maps.labels, maps.observed, held_out, min(maps.grid.spacing), guide, objective)
+    if chosen == WARP:
+        learned = learn_warp(lesson, options, out, progress)
+    else:
+        learned = learn_decoder(lesson, options, latent_dim or LATENT_DIM, out, resume, progress)
+    watch.lap("train")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        shape_prior = build_shape_prior(location, "convolutional", dim)
-        label_guide = build_label_map_guide(guide, dim, num_labels, maps.grid.shape)
-    augment = partial(deform, spacing=min(maps.grid.spacing))
-    effort = LARGE if math.prod(maps.grid.shape) > LARGE_GRID else SMALL
-    options = replace(options, steps=effort.steps if steps is None else steps)
-    options = replace(options, eval_every=max(1, options.steps // 20))
-    labels_there, observed = maps.labels.to(where), maps.observed.to(where)
-    task = LabelMapTask(labels_there, observed, held_out, effort.batch_size, augment, effort.stride)
-    log = fit(
-        ShapeModel(shape_prior),
-        label_guide,
-        build_objective(objective),
-        task,
-        options,
-        directory=out,
-        resume=resume,
-        keep_checkpoint=True,
-        progress=progress,
-    )
-    watch.lap("train")
-    freeze(shape_prior.cpu())
-    freeze(label_guide.cpu())
-    calibrate_prior(shape_prior, label_guide, maps.labels[kept], maps.observed[kept])
-    report = prior_report(shape_prior, label_guide, maps.labels, maps.observed, held_out, maps.table.names, log)
-    report |= run_record(str(where)) | {"stages": watch.seconds}
-    with torch.no_grad():
-        codes = torch.cat(
-            [
-                label_guide.posterior(a.long(), b).mean
-                for a, b in zip(maps.labels.split(8), maps.observed.split(8), strict=True)
-            ]
+        report = prior_report(
+            learned.prior, learned.guide, maps.labels, maps.observed, held_out, maps.table.names, learned.log
         )
+    report |= run_record(str(where)) | {"stages": watch.seconds}
     config: dict[str, Any] = {
-        "shape_prior": {"decoder": "convolutional", "latent_dim": dim, "options": {}},
+        "shape_prior": {"decoder": chosen, "latent_dim": learned.prior.latent_dim, "options": learned.options},
         "label_guide": {"family": guide, "options": {}},
-        "training": {"prior": {**options.identity(), "objective": objective, "label_maps": len(maps.labels)}},
+        "training": {"prior": {**learned.training, "objective": objective, "label_maps": len(maps.labels)}},
     }
     model = Model(
         maps.table,
         maps.grid,
         maps.align,
-        shape_prior,
-        label_guide,
-        codes,
+        learned.prior,
+        learned.guide,
+        learned.codes,
         config,
         field_of_view=maps.field_of_view,
     )
@@ -207,6 +175,12 @@ def learn_prior(
         draw_prior(model, Path(out), seed)
         finish_training(out)
     return model
+
+
+def default_shape(field_of_view: str, latent_dim: int | None, objective: str) -> str:
+    """A decoder for crops, of which there are many, and where something is asked that only it has; else an atlas."""
+    plain = latent_dim is None and objective == "marginal"
+    return WARP if field_of_view != "crop" and plain else "convolutional"
 
 
 def load_label_maps(

@@ -49,7 +49,7 @@ def deform(
     active = [size for size in grid if size > 1]  # an axis of one voxel stays as it is
     if len(active) < 2:
         raise ValueError(f"expected a grid with two or three axes of more than one voxel, got {grid}")
-    places = _random_positions(batch, active, generator, deformation).to(labels.device)
+    places = random_positions(batch, active, generator, deformation).to(labels.device)
     known = torch.where(observed.reshape(batch, *active), labels.reshape(batch, *active).to(torch.int16), UNKNOWN)
     drawn = _interpolate_labels(known, places)
     return drawn.clamp(min=0).to(labels.dtype).reshape(labels.shape), (drawn != UNKNOWN).reshape(observed.shape)
@@ -87,10 +87,14 @@ def _interpolate_labels(labels: torch.Tensor, places: torch.Tensor) -> torch.Ten
     return result
 
 
-def _random_positions(
-    batch: int, grid: Sequence[int], generator: torch.Generator, deformation: Deformation
+def random_positions(
+    batch: int,
+    grid: Sequence[int],
+    generator: torch.Generator,
+    deformation: Deformation,
+    box: Sequence[slice] | None = None,
 ) -> torch.Tensor:
-    """(B, J, d) where in the original each voxel's label is looked up (voxels)."""
+    """(B, J, d) where in the original each voxel is looked up, all lengths in voxels; of a box of the grid alone."""
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, device=generator.device)
@@ -106,18 +110,25 @@ def _random_positions(
     linear = linear @ torch.diag_embed((deformation.scale * normal(batch, d)).exp())
     linear = linear @ (torch.eye(d, device=generator.device) + deformation.shear * normal(batch, d, d).tril(-1))
     centre = (torch.tensor(grid, device=generator.device) - 1) / 2
-    axes = [torch.arange(n, device=generator.device) - c for n, c in zip(grid, centre, strict=True)]
+    sides = box or [slice(None)] * d
+    axes = [
+        torch.arange(n, device=generator.device)[side] - c for n, c, side in zip(grid, centre, sides, strict=True)
+    ]
     around = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, d)
     shift = deformation.translation * normal(batch, 1, d)
     moved = around @ linear.transpose(1, 2) + centre + shift
-    return moved + _smooth_field(batch, grid, normal, deformation).reshape(batch, -1, d)
+    return moved + _smooth_field(batch, grid, normal, deformation, sides).reshape(batch, -1, d)
 
 
 def _smooth_field(
-    batch: int, grid: Sequence[int], normal: Callable[..., torch.Tensor], deformation: Deformation
+    batch: int,
+    grid: Sequence[int],
+    normal: Callable[..., torch.Tensor],
+    deformation: Deformation,
+    box: Sequence[slice],
 ) -> torch.Tensor:
-    """(B, *grid, d) random displacement: cubic B-splines over a coarse lattice of normal control points."""
-    bases = [_spline_basis(n, deformation.elastic_spacing) for n in grid]
+    """(B, *box, d) random displacement: cubic B-splines over a coarse lattice of normal control points."""
+    bases = [_spline_basis(n, deformation.elastic_spacing)[side] for n, side in zip(grid, box, strict=True)]
     field = deformation.elastic * normal(batch, *(basis.shape[1] for basis in bases), len(grid))
     for basis in bases:
         # contracts the first lattice axis and puts the grid axis behind the others

@@ -52,7 +52,6 @@ def label_responsibilities(
     flat, seen = flatten(scan, observed)
     theta = theta.at(voxels)
     location = take(model.shape_prior.log_location_prior.flatten(1), voxels)
-    dims = len(model.shape_prior.grid)
     with torch.no_grad():
         joint = location
         if factor == "posterior":
@@ -61,8 +60,8 @@ def label_responsibilities(
             return joint.softmax(-2).expand(scan.shape[0], -1, -1)
         total: Tensor | float = 0.0
         for some in z.split(model.shape_prior.at_once):
-            for scores in model.shape_prior.label_scores(some).flatten(-dims):
-                total = total + (take(scores, voxels) + joint).softmax(-2)
+            for scores in model.shape_prior.flat_scores(some, voxels):
+                total = total + (scores + joint).softmax(-2)
         return torch.as_tensor(total) / len(z)
 
 

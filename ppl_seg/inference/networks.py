@@ -8,33 +8,54 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..guides.deformations import DeformationGuide
 from ..guides.encoders import ConvolutionalEncoder
 from ..guides.families import build_family
 from ..guides.label_maps import LabelMapGuide
+from ..guides.label_network import LabelNetwork
 from ..guides.scans import ScanGuide
 from ..models.decoders import build_decoder
 from ..models.intensity import IntensityModel, IntensityParameters
 from ..models.intensity_prior import SharedIntensity
 from ..models.segmentation import SegmentationModel
-from ..models.shape_prior import ShapePrior
+from ..models.shape_prior import LabelPrior, ShapePrior
+from ..models.warped_atlas import WarpedAtlas
 from .objectives import OBJECTIVES
 from .recipes import Recipe
 
 START_SCALE = 0.2  # sd of q(z|s) before training
 
+WARP = "warp"  # in the place of a decoder's name
+
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
-def build_shape_prior(location_prior: Tensor, decoder: str, latent_dim: int, **options: Any) -> ShapePrior:
-    """p(z) p(s|z) on the grid of p_loc (M, *grid)."""
+def build_shape_prior(location_prior: Tensor, decoder: str, latent_dim: int, **options: Any) -> LabelPrior:
+    """p(z) p(s|z) on the grid of p_loc (M, *grid): a decoder's by its name, or the atlas that `warp` deforms.
+
+    Raises:
+        ValueError: unknown name, or a latent dimension that the atlas does not have.
+    """
     num_labels, *grid = location_prior.shape
+    if decoder == WARP:
+        atlas = WarpedAtlas(location_prior, **options)
+        if atlas.latent_dim != latent_dim:
+            raise ValueError(f"latent_dim: {atlas.latent_dim} expected of this atlas, found {latent_dim}")
+        return atlas
     return ShapePrior(location_prior, build_decoder(decoder, latent_dim, num_labels, grid, **options), latent_dim)
+
+
+def build_label_guide(shape_prior: LabelPrior, family: str, **options: Any) -> LabelMapGuide | DeformationGuide:
+    """q(z|s) of a shape prior: a network for a decoder, gradient steps for an atlas."""
+    if isinstance(shape_prior, WarpedAtlas):
+        return DeformationGuide(shape_prior, build_family(family, shape_prior.latent_dim), **options)
+    return build_label_map_guide(family, shape_prior.latent_dim, shape_prior.num_labels, shape_prior.grid, **options)
 
 
 def build_label_map_guide(
     family: str, latent_dim: int, num_labels: int, grid: Sequence[int], **options: Any
 ) -> LabelMapGuide:
-    """q(z|s)."""
+    """q(z|s) by a network."""
     distribution = build_family(family, latent_dim)
     encoder = ConvolutionalEncoder(num_labels, grid, distribution.num_parameters, **options)
     with torch.no_grad():
@@ -49,13 +70,18 @@ def build_scan_guide(family: str, latent_dim: int, channels: int, grid: Sequence
     return ScanGuide(ConvolutionalEncoder(2 * channels, grid, distribution.num_parameters, **options), distribution)
 
 
+def build_label_network(channels: int, num_labels: int, grid: Sequence[int], **options: Any) -> LabelNetwork:
+    """q(s|x); the network sees the scan and what of it is observed."""
+    return LabelNetwork(channels, num_labels, grid, **options)
+
+
 def freeze(module: AnyModule) -> AnyModule:
     """No gradients, evaluation mode: Pyro then leaves the module alone."""
     return module.requires_grad_(False).eval()
 
 
 def build_segmentation_model(
-    shape_prior: ShapePrior,
+    shape_prior: LabelPrior,
     class_of_label: Sequence[int],
     channels: int,
     recipe: Recipe,
@@ -73,7 +99,7 @@ def build_segmentation_model(
     intensity = IntensityModel(classes, components, channels)
     if recipe.shape == "location":
         location = shape_prior.log_location_prior.exp()
-        shape_prior = build_shape_prior(location, "location", shape_prior.latent_dim)
+        shape_prior = build_shape_prior(location, "location", 1)
     freeze(shape_prior)
     form = OBJECTIVES[recipe.objective].form  # type: ignore[attr-defined]
     shared_intensity = None if shared is None else SharedIntensity(intensity, shared)

@@ -64,7 +64,7 @@ def start_theta(
 ) -> IntensityParameters:
     """θ by EM under the location prior: with the given maps (K0, J), or with maps learned from these scans."""
     location = model.shape_prior.log_location_prior.exp()
-    theta = initial_theta(model.intensity, location, scan, observed).with_maps(maps)
+    theta = initial_theta(model.intensity, location, *model.intensity.own(scan, observed)).with_maps(maps)
     factor = factor_of(recipe.objective)
     learn = maps is None and recipe.maps is not None
     for iteration in range(recipe.em_iterations * (2 if learn else 1)):
@@ -83,6 +83,8 @@ def best_start(
     compared on every other voxel along each axis.
     """
     shape = model.shape_prior
+    if not len(codes):
+        return codes.new_zeros(len(scan), shape.latent_dim)
     step = 2 if math.prod(shape.grid) > LARGE_GRID else 1
     lattice = tuple(slice(None, None, step) for _ in shape.grid)
     here = (slice(None), *lattice)

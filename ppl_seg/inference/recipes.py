@@ -12,6 +12,9 @@ from .expectation import MapOptions
 from .objectives import OBJECTIVES
 
 
+BRAIN_POWER = 0.01  # β of brains on a grid of 2 mm, where the default's would be that of small crops
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Options of `fit` and `segment`.
@@ -30,6 +33,9 @@ class Recipe:
         batch_size, learning_rate: of both.
         refine_steps, refine_rate: gradient steps per scan that follow the encoder.
         per_scan_steps: gradient steps per scan where there is no encoder.
+        label_rounds: how often q(s|x) is learned from what the program infers with it, after q(z|x); 0 for no q(s|x).
+        label_steps, label_batch_size, label_rate: of each round.
+        label_blur: sd in mm through which the mean of its targets is matched to the location prior; 0 leaves them.
     """
 
     name: str = "default"
@@ -43,6 +49,8 @@ class Recipe:
     maps: MapOptions | None = field(default_factory=MapOptions)
     pseudo: PseudoCounts = field(default_factory=PseudoCounts)
     likelihood_power: float = 0.05
+    mask_background: float = 0.0
+    readout_power: float = 1.0
     readout: Literal["marginals", "decoder"] = "marginals"
     em_iterations: int = 8
     sleep_steps: int = 200
@@ -52,6 +60,11 @@ class Recipe:
     refine_steps: int = 20
     refine_rate: float = 0.1
     per_scan_steps: int = 30
+    label_rounds: int = 2
+    label_steps: int = 600
+    label_batch_size: int = 4
+    label_rate: float = 2e-3
+    label_blur: float = 3.0
 
     def to_dict(self) -> dict[str, Any]:
         """For config.json."""
@@ -82,6 +95,7 @@ def notes() -> Recipe:
         likelihood_power=1.0,
         readout="decoder",
         em_iterations=0,
+        label_rounds=0,
     )
 
 
@@ -136,4 +150,12 @@ def recipe_for_field(recipe: Recipe, field_of_view: str) -> Recipe:
     """
     if field_of_view != "brain" or recipe.classes == "labels":
         return recipe
-    return replace(recipe, maps=None, components=2)
+    return replace(
+        recipe,
+        maps=None,
+        background_components=2,
+        components=2,
+        mask_background=0.2,
+        readout_power=0.5,
+        likelihood_power=BRAIN_POWER if recipe.likelihood_power == Recipe.likelihood_power else recipe.likelihood_power,
+    )

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import pyro
 import torch
+from pyro import distributions as dist
 from torch import Tensor
 
+from ..guides.deformations import DeformationGuide
 from ..guides.label_maps import LabelMapGuide
-from ..models.shape_prior import ShapeModel, ShapePrior
+from ..models.shape_prior import LabelPrior, ShapeModel
 from .objectives import build_objective
 from .training_log import TrainingLog
 
@@ -17,8 +21,8 @@ ACTIVE = 0.05  # nats: a latent dimension whose mean KL is above says something
 
 
 def prior_report(
-    shape_prior: ShapePrior,
-    guide: LabelMapGuide,
+    shape_prior: LabelPrior,
+    guide: LabelMapGuide | DeformationGuide,
     labels: Tensor,
     observed: Tensor,
     held_out: Tensor,
@@ -39,8 +43,8 @@ def prior_report(
     for some in judged.nonzero()[:, 0].split(8):
         s, o = labels[some].long(), observed[some]
         with torch.no_grad():
-            bound -= float(objective.loss(model, guide, s, o))
             posterior = guide.posterior(s, o)
+            bound -= float(objective.loss(model, partial(_sample, posterior), s, o))
             variance, mean = posterior.variance, posterior.mean
             divergence.append(0.5 * (variance + mean**2 - 1 - variance.log()))
             found = shape_prior.label_logits(mean).argmax(1)
@@ -64,3 +68,9 @@ def prior_report(
         "best_step": log.best_step,
         "seconds": log.seconds,
     }
+
+
+def _sample(posterior: dist.Distribution, labels: Tensor, *_: Any) -> None:
+    """The guide that has this posterior of these label maps."""
+    with pyro.plate("scans", len(labels), dim=-1):
+        pyro.sample("z", posterior)

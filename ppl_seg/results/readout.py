@@ -21,7 +21,7 @@ from ppl_seg.data.resampling import blur_kernels, whole_voxels, within
 from ppl_seg.models.draws import draw_categories
 from ppl_seg.models.intensity import IntensityParameters
 from ppl_seg.models.segmentation import SegmentationModel
-from ppl_seg.models.shape_prior import ShapePrior
+from ppl_seg.models.shape_prior import LabelPrior
 from ppl_seg.results.blocks import BLOCK, blocks, compact, linear_rows, positions, ravel, unravel, weighted_rows
 
 ReadoutName = Literal["marginals", "decoder"]
@@ -63,6 +63,8 @@ def read_out(
     keep_marginals: bool = False,
     region: Tensor | None = None,
     share: float = 1.0,
+    log_factor: Tensor | None = None,
+    power: float = 1.0,
 ) -> Readout:
     """Read S draws of z out.
 
@@ -78,9 +80,11 @@ def read_out(
         keep_draws, keep_marginals: keep every drawn segmentation, the label marginals.
         region: bool, (X, Y, Z), the mask: what may be something else than background; None for everything.
         share: of the usual working memory; less takes longer.
+        log_factor: log u of a label guide on the prior's grid, (M, *grid): r ∝ f p(x|m) u where the scan is observed, and
+            log_likelihood is that of p(x|m) u, at most log p(x|z).
     """
     own, total, count = tuple(scan.shape[1:]), scan[0].numel(), model.shape_prior.num_labels
-    reader = _Reader(model, theta.detach(), scan, observed, matrix, name)
+    reader = _Reader(model, theta.detach(), scan, observed, matrix, name, log_factor, power)
     all_blocks = reader.blocks(torch.ones_like(observed[0]) if region is None else region)
     labels = torch.zeros(total, dtype=torch.int64, device=scan.device)
     confidence, entropy = scan.new_ones(total), scan.new_zeros(total)
@@ -94,9 +98,10 @@ def read_out(
     with torch.no_grad(), _workers(scan.device, len(all_blocks)) as run:
         for slab in _slabs(all_blocks, int(share * SLAB) // count):
             sums = [scan.new_zeros(count, len(voxels)) for voxels in slab]
-            for first, scores in _decoded(model.shape_prior, z, share, run):
+            wanted = reader.touched(slab)
+            for first, scores in _decoded(model.shape_prior, z, wanted, share, run):
                 some = slice(first, first + scores.shape[-1])
-                read = partial(reader.read, scores, None if draws is None else draws[some])
+                read = partial(reader.read, scores, wanted, None if draws is None else draws[some])
                 for drawn, evidence in run(read, slab, sums, torch.randint(2**62, (len(slab),)).tolist()):
                     counts[some] += drawn
                     log_likelihood[some] += evidence
@@ -129,11 +134,14 @@ class _Reader:
         observed: Tensor,
         matrix: np.ndarray,
         name: ReadoutName,
+        log_factor: Tensor | None,
+        power: float,
     ) -> None:
-        self.intensity, self.theta, self.name = model.intensity, theta, name
+        self.intensity, self.theta, self.name, self.power = model.intensity, theta, name, power
         self.own = tuple(scan.shape[1:])
         self.grid = (*model.shape_prior.grid, 1)[:3]  # a 2-D grid is one slice
         self.log_location = model.shape_prior.log_location_prior.flatten(1)
+        self.log_factor = None if log_factor is None else log_factor.flatten(1)
         self.scan, self.observed = torch.where(observed, scan, 0.0).flatten(1), observed.flatten(1)
         to_grid = np.linalg.inv(matrix)  # own voxel → grid voxel
         whole = whole_voxels(to_grid, self.own)
@@ -152,14 +160,22 @@ class _Reader:
                 found.append(voxels)
         return found
 
+    def touched(self, some: list[Tensor]) -> Tensor:
+        """The voxels of the prior's grid that blocks take from, flat, rising."""
+        found = torch.zeros(self.log_location.shape[1], dtype=torch.bool, device=self.scan.device)
+        for voxels in some:
+            index, _ = linear_rows(positions(voxels, self.own, self.to_grid), self.grid, self.kernels)
+            found[index.flatten().long()] = True
+        return found.nonzero()[:, 0]
+
     @torch.no_grad()
     def read(
-        self, scores: Tensor, draws: Tensor | None, voxels: Tensor, sums: Tensor, seed: int
+        self, scores: Tensor, wanted: Tensor, draws: Tensor | None, voxels: Tensor, sums: Tensor, seed: int
     ) -> tuple[Tensor, Tensor]:
         """Read one block for a group of G draws.
 
         Args:
-            scores: (M, *coarse grid, G). draws: (G, J), to be filled, or None. voxels: flat indices (V,).
+            scores, wanted: as `_decoded` has them. draws: (G, J), to be filled, or None. voxels: flat indices (V,).
             sums: (M, V), to which marginals are added. seed: of the drawn labels.
 
         Returns:
@@ -169,7 +185,7 @@ class _Reader:
         index, weight = linear_rows(positions(voxels, self.own, self.to_grid), self.grid, self.kernels)
         weight = weight.to(sums.dtype)
         corners, index = compact(index, self.log_location.shape[1])
-        f = self._label_probs(scores, corners)  # (M, N, G), on the corners
+        f = self._label_probs(scores, corners, wanted)  # (M, N, G), on the corners
         likelihood, peak = self._likelihood(voxels, corners, index, weight)
         r = weighted_rows(f, index, weight * likelihood.unsqueeze(-1))  # f p(x | label), (M, V, G)
         evidence = r.sum(0).clamp_(min=torch.finfo(r.dtype).tiny)
@@ -185,13 +201,16 @@ class _Reader:
         log_likelihood = (evidence.log_() + peak.unsqueeze(-1))[seen].sum(0, dtype=torch.float64)
         return counts.cpu(), log_likelihood.cpu()
 
-    def _label_probs(self, scores: Tensor, corners: Tensor) -> Tensor:
+    def _label_probs(self, scores: Tensor, corners: Tensor, wanted: Tensor) -> Tensor:
         """f at some voxels of the prior's grid, (M, N, G)."""
-        coarse = scores.shape[1:-1]
-        ratio = torch.tensor([c / n for c, n in zip(coarse, self.grid, strict=True)], dtype=torch.float64)
-        places = unravel(corners, self.grid).double()
-        index, weight = linear_rows((places + 0.5) * ratio.to(places.device) - 0.5, coarse)  # as `enlarge`
-        f = weighted_rows(scores.flatten(1, -2), index, weight.to(scores.dtype))
+        if scores.dim() == 3:  # no coarse grid: scores of the wanted voxels
+            f = scores[:, torch.searchsorted(wanted, corners)]
+        else:
+            coarse = (*scores.shape[1:-1], 1)[:3]
+            ratio = torch.tensor([c / n for c, n in zip(coarse, self.grid, strict=True)], dtype=torch.float64)
+            places = unravel(corners, self.grid).double()
+            index, weight = linear_rows((places + 0.5) * ratio.to(places.device) - 0.5, coarse)  # as `enlarge`
+            f = weighted_rows(scores.flatten(1, -2), index, weight.to(scores.dtype))
         f += self.log_location[:, corners, None]
         f -= f.amax(0)
         f.exp_()
@@ -199,30 +218,40 @@ class _Reader:
         return f
 
     def _likelihood(self, voxels: Tensor, corners: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """p(x | label) of own voxels over its peak, (M, V), and the peak's logarithm, (V,)."""
+        """p(x | label), times u where there is one, of own voxels over its peak, (M, V); the peak's logarithm, (V,)."""
         theta = self.theta
         if theta.background_log_weight is not None:
             maps = weighted_rows(theta.background_log_weight[:, corners].exp().unsqueeze(-1), index, weight)
             theta = theta.with_maps(maps[..., 0].clamp(min=1e-12).log())
         scan, seen = self.scan[None, :, voxels], self.observed[None, :, voxels]
-        log_likelihood = self.intensity.label_log_prob(scan, seen, theta)[0]
+        log_likelihood = self.power * self.intensity.label_log_prob(scan, seen, theta)[0]
+        if self.log_factor is not None:  # brought here as f is
+            said = weighted_rows(self.log_factor[:, corners].unsqueeze(-1), index, weight)[..., 0]
+            log_likelihood = log_likelihood + torch.where(seen[0].any(0), said, 0.0)
         peak = log_likelihood.amax(0)
         return (log_likelihood - peak).exp(), peak
 
 
-def _decoded(shape: ShapePrior, z: Tensor, share: float, run: Run) -> Iterator[tuple[int, Tensor]]:
-    """Label scores as the decoder computes them, (M, *coarse grid, G), of a group of draws, and its first draw."""
-    decode = torch.no_grad()(shape.coarse_scores)  # the other threads know nothing of this one's no_grad
+def _decoded(shape: LabelPrior, z: Tensor, wanted: Tensor, share: float, run: Run) -> Iterator[tuple[int, Tensor]]:
+    """Label scores of a group of draws, and its first draw: (M, *coarse grid, G), or (M, n, G) of the wanted voxels.
+
+    wanted: voxels of the prior's grid, flat, from which they are read.
+    """
+
+    def decode(one: Tensor) -> Tensor:
+        with torch.no_grad():  # the other threads know nothing of this one's
+            coarse = shape.coarse_scores(one)
+            return shape.flat_scores(one, wanted) if coarse is None else coarse
+
     probe = decode(z[:1])
     group = max(1, min(GROUP // (BLOCK * probe.shape[1]), int(share * SCORES) // probe.numel()))
-    coarse = (*probe.shape[2:], 1)[:3]
     for first in range(0, len(z), group):
         some = z[first : first + group]
-        scores = probe.new_empty(probe.shape[1], *coarse, len(some))
+        scores = probe.new_empty(*probe.shape[1:], len(some))
         for start in range(0, len(some), 8):
             # turned round eight at a time
             parts = list(run(decode, some[start : start + 8].split(shape.at_once)))
-            scores[..., start : start + 8] = torch.cat(parts).view(-1, probe.shape[1], *coarse).movedim(0, -1)
+            scores[..., start : start + 8] = torch.cat(parts).movedim(0, -1)
         yield first, scores
         del scores
 

@@ -1,0 +1,155 @@
+"""p(z) p(s | z) as an atlas that z deforms: for few label maps, of which a decoder learns little.
+
+z is white noise on control points. Filtered, it is a velocity field, smooth as the label maps taught; its flow carries
+the location prior. The flow of a stationary velocity is invertible: nothing folds, and exp(−v) leads back
+(Arsigny et al., MICCAI 2006; Ashburner, NeuroImage 2007).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .decoders import Lattice, enlarge
+from .shape_prior import LabelPrior
+from .voxels import EVERYWHERE, Voxels
+
+SQUARINGS = 6  # of exp(v) = exp(v / 2⁶)^(2⁶)
+START_SPEED, START_SMOOTHNESS = 3.0, 8.0  # mm: sd of the velocity, and of the Gaussian that filters it, before learning
+
+
+class WarpedAtlas(LabelPrior):
+    """f_j(z) = p_loc(φ_z(j)), with φ_z = exp(v), v = Cᵀ diag(`velocity_sd`) C z, C a cosine transform, p(z) = N(0, I).
+
+    Args:
+        location_prior: p_loc, (M, *grid), positive.
+        control: voxels of the grid from one control point to the next.
+        spacing: mm of a voxel of the grid; how smooth deformations are before label maps have taught it.
+    """
+
+    frequency: Tensor  # (*control grid): of the cosines, cycles per voxel of the grid
+    velocity_sd: Tensor  # (*control grid): sd of each frequency's coefficient, voxels of the grid
+
+    def __init__(self, location_prior: Tensor, control: int = 6, spacing: float = 1.0) -> None:
+        grid = tuple(location_prior.shape[1:])
+        coarse = tuple(-(-n // control) for n in grid)
+        super().__init__(location_prior, len(grid) * math.prod(coarse))
+        self.control_grid, self.flow_grid = coarse, tuple(-(-n // 2) for n in grid)
+        dtype = location_prior.dtype
+        for axis, (c, fine) in enumerate(zip(coarse, self.flow_grid, strict=True)):
+            for name, points in (("analysis", c), ("synthesis", fine)):
+                self.register_buffer(f"{name}_{axis}", _cosines(c, points).to(dtype), persistent=False)
+        axes = [torch.arange(c) / (2 * n) for c, n in zip(coarse, grid, strict=True)]
+        squares = torch.meshgrid(*[axis.square() for axis in axes], indexing="ij")
+        self.register_buffer("frequency", torch.stack(squares).sum(0).sqrt().to(dtype), persistent=False)
+        decay = torch.exp(-0.5 * (2 * math.pi * START_SMOOTHNESS / spacing * self.frequency).square()) + 1e-3
+        self.register_buffer("velocity_sd", START_SPEED / spacing * decay / decay.square().mean().sqrt())
+
+    @property
+    def at_once(self) -> int:
+        """How many z are decoded together quickest."""
+        return 1
+
+    def coefficients(self, z: Tensor) -> Tensor:
+        """Coefficients of the velocity's cosines, (..., d, *control grid), voxels of the grid, of z (..., D)."""
+        white = z.unflatten(-1, (len(self.grid), *self.control_grid))
+        return self._transformed(white, "analysis") * self.velocity_sd
+
+    def z_of(self, coefficients: Tensor) -> Tensor:
+        """The inverse of `coefficients`: z (..., D)."""
+        white = self._transformed(coefficients / self.velocity_sd, "analysis", back=True)
+        return white.flatten(-1 - len(self.grid))
+
+    def _transformed(self, values: Tensor, name: str, back: bool = False) -> Tensor:
+        """Points to frequencies along each axis of the grid, or back."""
+        for axis in range(len(self.grid)):
+            basis = getattr(self, f"{name}_{axis}")  # (frequencies, points)
+            values = _along(values, basis if back else basis.mT, axis - len(self.grid))
+        return values
+
+    def displacement(self, z: Tensor, inverse: bool = False) -> Tensor:
+        """φ_z(j) − j in voxels, (..., d, *grid), of z (..., D); of φ_z⁻¹ where `inverse`."""
+        dims = len(self.grid)
+        flow = self._transformed(self.coefficients(z.reshape(-1, z.shape[-1])), "synthesis", back=True)
+        flow = flow * ((-1 if inverse else 1) / 2**SQUARINGS)
+        axes = [(2 * torch.arange(n, dtype=z.dtype, device=z.device) + 1) / n - 1 for n in self.flow_grid]
+        identity = torch.stack(torch.meshgrid(*axes, indexing="ij"))
+        # voxels of the grid to the −1..1 of grid_sample
+        scale = (2 / torch.tensor(self.grid, dtype=z.dtype, device=z.device)).view(dims, *[1] * dims)
+        for _ in range(SQUARINGS):
+            there = (identity + flow * scale).flip(1).movedim(1, -1)
+            flow = flow + functional.grid_sample(flow, there, padding_mode="border", align_corners=False)
+        displaced = enlarge(flow, self.grid)
+        return displaced.view(*z.shape[:-1], *displaced.shape[1:])
+
+    def places(self, z: Tensor, voxels: Voxels) -> Tensor:
+        """φ_z(j) of some voxels j, (..., d, n)."""
+        return self.displacement(z).flatten(-len(self.grid))[..., voxels] + _indices(self.grid, z)[:, voxels]
+
+    def flat_scores(self, z: Tensor, voxels: Voxels) -> Tensor:
+        """log f − log p_loc at some voxels, (..., M, n)."""
+        dims = len(self.grid)
+        places = self.places(z.reshape(-1, z.shape[-1]), voxels)  # (·, d, n)
+        edge = torch.tensor(self.grid, dtype=z.dtype, device=z.device)[:, None]
+        there = ((2 * places + 1) / edge - 1).flip(1).mT.unflatten(1, (*[1] * (dims - 1), -1))
+        atlas = self.log_location_prior.exp().expand(len(there), -1, *self.grid)
+        warped = functional.grid_sample(atlas, there, padding_mode="border", align_corners=False).flatten(2)
+        scores = warped.log() - self.log_location_prior.flatten(1)[:, voxels]
+        return scores.view(*z.shape[:-1], *scores.shape[1:])
+
+    def label_log_prob(self, z: Tensor, labels: Tensor, voxels: Tensor) -> Tensor:
+        """log f_j(s_j) of label positions (n,) at voxels (n,), of one z (D,): (n,); of no other labels."""
+        row = labels.long() * math.prod(self.grid)
+        atlas = self.log_location_prior.flatten()
+        probability: Tensor | float = 0.0
+        for index, weight in corners_of(self.places(z, voxels), self.grid):
+            probability = probability + atlas[row + index].exp() * weight
+        return torch.as_tensor(probability).log()
+
+    def label_scores(self, z: Tensor, lattice: Lattice | None = None) -> Tensor:
+        """log f − log p_loc, (..., M, *grid), or on the lattice's voxels alone."""
+        if lattice is None:
+            return self.flat_scores(z, EVERYWHERE).unflatten(-1, self.grid)
+        index = torch.arange(math.prod(self.grid), device=z.device).view(self.grid)[lattice]
+        return self.flat_scores(z, index.flatten()).unflatten(-1, index.shape)
+
+
+def _cosines(frequencies: int, points: int) -> Tensor:
+    """The orthonormal cosine transform's first frequencies at the middles of evenly spaced points, (F, P).
+
+    Orthonormal over F points; over more, the same cosines.
+    """
+    k = torch.arange(frequencies, dtype=torch.float64)
+    place = (torch.arange(points, dtype=torch.float64) + 0.5) / points
+    norm = ((2 - (k == 0).double()) / frequencies).sqrt()
+    return norm[:, None] * torch.cos(math.pi * k[:, None] * place)
+
+
+def _along(values: Tensor, matrix: Tensor, axis: int) -> Tensor:
+    """`values` with its `axis` multiplied by a matrix (old, new)."""
+    return (values.movedim(axis, -1) @ matrix).movedim(-1, axis)
+
+
+def _indices(grid: Sequence[int], like: Tensor) -> Tensor:
+    """The voxels' own positions, (d, J)."""
+    axes = [torch.arange(n, dtype=like.dtype, device=like.device) for n in grid]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
+
+
+def corners_of(places: Tensor, grid: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The voxels around places (d, n): of each corner flat index and weight, (n,). Beyond the grid its edge."""
+    edge = torch.tensor([[n - 1] for n in grid], dtype=places.dtype, device=places.device)
+    at = places.clamp(min=0).minimum(edge)
+    low = at.detach().floor().minimum((edge - 1).clamp(min=0))
+    for corner in itertools.product((0, 1), repeat=len(grid)):
+        index, weight = torch.zeros_like(low[0], dtype=torch.long), torch.ones_like(at[0])
+        for axis, (size, one) in enumerate(zip(grid, corner, strict=True)):
+            index = index * size + (low[axis].long() + one).clamp(max=size - 1)
+            rest = at[axis] - low[axis]
+            weight = weight * (rest if one else 1 - rest)
+        yield index, weight

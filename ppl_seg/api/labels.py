@@ -1,0 +1,100 @@
+"""The last training of a fit: q(s|x) learns what the program infers, and the program infers again with it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppl_seg.api.model import Model
+from ppl_seg.api.output import LABELS, say
+from ppl_seg.data.scan_augmentation import augmentation
+from ppl_seg.inference.label_training import LabelCrossEntropy, LabelTask, match_location
+from ppl_seg.inference.networks import build_label_network, freeze
+from ppl_seg.inference.trainer import TrainingOptions, fit
+from ppl_seg.inference.training_options import derived_seed
+
+DRAWS = 16  # of z, over which a scan's label marginals are averaged
+CLIP_NORM = 0.1  # of the cross-entropy per voxel
+AGREEMENT = 0.99  # share of the structures' voxels that a round leaves as they were: the next one has nothing to teach
+
+
+def learn_label_network(
+    model: Model,
+    scans: Tensor,
+    observed: Tensor,
+    training: dict[str, Any],
+    out: str | Path | None,
+    resume: bool,
+    progress: bool,
+) -> tuple[Model, list[dict[str, float]]]:
+    """The fitted model with q(s|x), and of each round: cross-entropy per voxel, agreement with the round before.
+
+    Args:
+        model: fitted, q(z|x) and θ. scans: (n, C, *grid). observed: (n, C or 1, *grid).
+        training: seed, device, precision. out: the model directory, for checkpoints.
+    """
+    recipe, seed, location = model.recipe, training["seed"], model.shape_prior.log_location_prior
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed(seed, 0, "label network"))
+        network = build_label_network(scans.shape[1], len(model.table), model.grid.shape)
+    model = replace(model, config={**model.config, "label_network": {"options": {}}})
+    options = TrainingOptions(
+        **{**training, "learning_rate": recipe.label_rate}, steps=recipe.label_steps, clip_norm=CLIP_NORM
+    )
+    spacing = min(model.grid.spacing)
+    rounds: list[dict[str, float]] = []
+    before: Tensor | None = None
+    for number in range(1, recipe.label_rounds + 1):
+        targets = infer_targets(model, scans, observed, derived_seed(seed, number, "label targets"))
+        labels = targets.argmax(1).to(torch.int16)
+        agreement = 0.0 if before is None else float(label_agreement(before, labels))
+        before = labels
+        if agreement >= AGREEMENT:
+            break
+        if recipe.label_blur:
+            targets = match_location(targets, observed, location.to(targets.device), recipe.label_blur / spacing)
+        task = LabelTask(
+            scans, observed, targets, location.to(scans.device), recipe.label_batch_size, augmentation(spacing)
+        )
+        log = fit(
+            nn.Identity(),
+            network.requires_grad_(True).train(),
+            LabelCrossEntropy(),
+            task,
+            replace(options, seed=derived_seed(seed, number, "label training")),
+            directory=None if out is None else Path(out) / LABELS / str(number),
+            resume=resume,
+            keep_checkpoint=True,
+            progress=progress,
+        )
+        model = replace(model, label_network=freeze(network.cpu()))
+        rounds.append({"agreement": agreement, "seconds": log.seconds, **log.last_terms()})
+        say([f"label guide, round {number}: {agreement:.3f} of the structures' voxels as before"])
+    return model, rounds
+
+
+def infer_targets(model: Model, scans: Tensor, observed: Tensor, seed: int) -> Tensor:
+    """Label marginals of each scan, (n, M, *grid), float16.
+
+    The first time they are the mean of two inferences, one from q(z|x) and one from the best of the label maps' codes: where
+    the two end in different optima, neither is right.
+    """
+    starts = (True, False) if model.label_network is None else (True,)
+    found = []
+    with torch.random.fork_rng(devices=[]):
+        for i in range(len(scans)):
+            torch.manual_seed(derived_seed(seed, i, "scan"))
+            one = scans[i : i + 1], observed[i : i + 1]
+            each = [model.infer(model.recipe, *one, amortised=start).label_marginals(DRAWS) for start in starts]
+            found.append((sum(each[1:], each[0]) / len(each)).half())
+    return torch.cat(found)
+
+
+def label_agreement(before: Tensor, labels: Tensor) -> Tensor:
+    """Of the voxels that are no background in either, the share with the same label in both."""
+    either = (before > 0) | (labels > 0)
+    return (before == labels)[either].float().mean()

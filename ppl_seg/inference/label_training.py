@@ -1,0 +1,114 @@
+"""The label network's training ("wake"): towards the posterior label marginals that the program infers for each scan.
+
+The marginals of many scans are what teaches: a Gaussian a class sees one voxel, the network what the scans have in common
+around it. A condition that needs no label holds them in place: if the program is right, its posteriors averaged over the
+scans are the prior, E_x p(s_j|x) = p(s_j). `match_location` restores that before the network learns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..guides.label_network import LabelNetwork
+from ..models.shape_prior import gaussian_blur
+from .task import Batch, Task
+from .tasks import choose
+
+PATCH = 48  # voxels: the longest side of what a training step sees of a scan
+# (scan, observed, targets, box, generator) → the box of each, deformed and recoloured at random.
+ScanAugment = Callable[
+    [Tensor, Tensor, Tensor, Sequence[slice], torch.Generator], tuple[Tensor, Tensor, Tensor]
+]
+SMALLEST = 1e-8  # probability, in logarithms
+
+
+class LabelCrossEntropy:
+    """Σ_j o_j Σ_m t_jm log u_jm as the bound: with the entropy of the targets t, −KL(t ‖ u)."""
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Minus the sum over scans and observed voxels; the model has no part in it."""
+        scan, observed, location, targets, box = args
+        log_u = (guide(scan, observed, box) + location).float().log_softmax(1)
+        loss: Tensor = -(targets * log_u).sum(1)[observed.any(1)].sum()
+        return loss
+
+
+class LabelTask(Task):
+    """Batches of patches of scans, all from one box of the grid, with their targets.
+
+    Args:
+        scans: (n, C, *grid). observed: (n, C or 1, *grid). targets: label marginals, (n, M, *grid).
+        log_location_prior: (M, *grid). batch_size: B. augment: see `ScanAugment`.
+    """
+
+    def __init__(
+        self,
+        scans: Tensor,
+        observed: Tensor,
+        targets: Tensor,
+        log_location_prior: Tensor,
+        batch_size: int,
+        augment: ScanAugment,
+    ) -> None:
+        self.scans, self.observed, self.targets, self.location = scans, observed, targets, log_location_prior
+        self.batch_size, self.augment = batch_size, augment
+        self.everyone = torch.arange(len(scans))
+
+    def batch(self, step: int, generator: torch.Generator) -> Batch:
+        """Scans and a box chosen at random."""
+        chosen = choose(self.everyone, self.batch_size, generator)
+        starts = [int(torch.randint(max(0, n - PATCH) + 1, (), generator=generator)) for n in self.scans.shape[2:]]
+        box = tuple(slice(start, start + PATCH) for start in starts)
+        scan, observed, targets = self.augment(
+            self.scans[chosen], self.observed[chosen], self.targets[chosen], box, generator
+        )
+        return Batch(
+            (scan, observed, self.location[(slice(None), *box)], targets, box), len(chosen), scan[0, 0].numel()
+        )
+
+
+def log_label_marginals(network: LabelNetwork, log_location_prior: Tensor, scan: Tensor, observed: Tensor) -> Tensor:
+    """log u of whole scans, (B, M, *grid)."""
+    with torch.no_grad():
+        # torch's 3-D convolution of a single small volume on a CPU takes longer than of two
+        two = len(scan) == 1 and scan.dim() == 5
+        scores = network(scan.expand(2, *scan.shape[1:]), observed.expand(2, *observed.shape[1:]))[:1] if two else None
+        scores = network(scan, observed) if scores is None else scores
+        log_u: Tensor = (scores + log_location_prior).float().log_softmax(1)
+    return log_u
+
+
+def match_location(
+    targets: Tensor,
+    observed: Tensor,
+    log_location_prior: Tensor,
+    blur: float,
+    iterations: int = 15,
+    rate: float = 0.7,
+) -> Tensor:
+    """Label marginals t ∝ r exp(b), with one smooth b for all scans, so that their mean over scans is the prior's.
+
+    Args:
+        targets: r, (n, M, *grid), changed in place. observed: (n, C or 1, *grid). blur: sd of the Gaussian through which
+            the two are compared, voxels.
+    """
+    location = log_location_prior.exp()
+    seen = observed.any(1, keepdim=True)
+    count = seen.sum(0).to(location.dtype) + 1.0  # a scan that shows the prior itself: voxels nobody observes
+
+    def smooth(volume: Tensor) -> Tensor:
+        return gaussian_blur(volume.unsqueeze(0), blur)[0].clamp(min=SMALLEST).log()
+
+    wanted, shift = smooth(location), torch.zeros_like(location)
+    for _ in range(iterations):
+        mean = location.clone()
+        for r, o in zip(targets, seen, strict=True):
+            mean += (r.float().clamp(min=SMALLEST).log() + shift).softmax(0) * o
+        shift = shift + rate * (wanted - smooth(mean / count))
+    for i, r in enumerate(targets):
+        targets[i] = (r.float().clamp(min=SMALLEST).log() + shift).softmax(0).to(targets.dtype)
+    return targets

@@ -1,0 +1,68 @@
+"""q(s|x): what the network sees, what it does not, and where it starts."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from ppl_seg.guides.label_network import LabelNetwork, pack, unpack
+
+GRIDS = [(12, 9), (8, 9, 7), (5, 6, 1)]
+LABELS = 4
+
+
+def network(grid: tuple[int, ...]) -> LabelNetwork:
+    torch.manual_seed(0)
+    made = LabelNetwork(2, LABELS, grid, width=4).double()
+    with torch.no_grad():  # the last layer starts at zero
+        for parameter in made.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, dtype=torch.float64))
+    return made
+
+
+def scans(grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    observed = (torch.arange(2 * math.prod(grid)) % 3 != 1).reshape(2, 1, *grid)
+    return torch.randn(2, 2, *grid, dtype=torch.float64), observed
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_cells_become_channels_and_voxels_again(grid: tuple[int, ...]) -> None:
+    volume = torch.randn(2, 3, *grid)
+    cells = pack(volume)
+    assert cells.shape == (2, 3 * 2 ** len(grid), *(-(-n // 2) for n in grid))
+    assert torch.equal(unpack(cells, grid), volume)
+    first = tuple(slice(None, None, 2) for _ in grid)
+    assert torch.equal(cells[:, :: 2 ** len(grid)], volume[(slice(None), slice(None), *first)])
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_says_the_location_prior_before_it_has_learned(grid: tuple[int, ...]) -> None:
+    scan, observed = scans(grid)
+    scores = LabelNetwork(2, LABELS, grid, width=4).double()(scan, observed)
+    assert scores.shape == (2, LABELS, *grid)
+    assert torch.equal(scores, torch.zeros_like(scores))
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_unobserved_voxels_and_the_rest_of_the_batch_have_no_influence(grid: tuple[int, ...]) -> None:
+    scan, observed = scans(grid)
+    made = network(grid)
+    scores = made(scan, observed)
+    assert scores.std() > 0
+    spoiled = torch.where(observed, scan, math.nan)
+    assert torch.equal(made(spoiled, observed), scores)
+    torch.testing.assert_close(made(scan[:1], observed[:1]), scores[:1], rtol=1e-10, atol=1e-10)
+
+
+def test_a_box_knows_where_on_the_grid_it_lies() -> None:
+    grid = (8, 9, 7)
+    made, cells = network(grid), torch.zeros(1, 1, 2, 3, 2, dtype=torch.float64)
+    whole = made._places(torch.zeros(1, 1, 4, 5, 4, dtype=torch.float64), None)
+    box = (slice(2, 6), slice(4, 9), slice(0, 4))
+    assert torch.equal(made._places(cells, box), whole[:, :, 1:3, 2:5, 0:2])
+    scan, observed = scans(grid)
+    inside = (slice(None), slice(None), *box)
+    assert made(scan[inside], observed[inside], box).shape == (2, LABELS, 4, 5, 4)

@@ -31,7 +31,7 @@ class DeformationGuide(PyroModule):
         self._atlas = (atlas,)  # in a tuple: its tensors are not the guide's to store
 
     def infer(self, labels: Tensor, observed: Tensor, start: Tensor | None = None) -> tuple[dist.Distribution, Tensor]:
-        """q(z|s) and the bound per voxel of its last step, both of batch shape (B,).
+        """q(z|s) and its bound per voxel, the mean of the last third of the steps, both of batch shape (B,).
 
         Args:
             labels: positions, (B, *grid). observed: bool, (B, 1, *grid). start: means of q(z|s) before the first step,
@@ -50,7 +50,7 @@ class DeformationGuide(PyroModule):
         optimizer = torch.optim.Adam([raw], lr=RATE, betas=(0.8, 0.95))
         labels, observed = labels.flatten(), observed.flatten()
         index = torch.arange(len(labels), device=labels.device).view(atlas.grid)
-        bound = raw.new_zeros(())
+        bounds = []
         with torch.enable_grad():
             for step in range(self.steps):
                 for group in optimizer.param_groups:
@@ -64,7 +64,8 @@ class DeformationGuide(PyroModule):
                 optimizer.zero_grad()
                 (-bound * len(labels)).backward()
                 optimizer.step()
-        return raw.detach(), bound.detach()
+                bounds.append(bound.detach())
+        return raw.detach(), torch.stack(bounds[-max(1, self.steps // 3) :]).mean()
 
     def posterior(self, labels: Tensor, observed: Tensor) -> dist.Distribution:
         """q(z | s)."""

@@ -1,13 +1,13 @@
 """q(s | x): label marginals of a scan by one pass of a network, the amortised label factor of the guide.
 
-u_j = softmax_m(network(x)_jm + log p_loc,jm). It stands beside q(z|x): where f gives Jensen's bound and r the exact one,
-q(s|x) = u gives E_q[β Σ_j o_j Σ_m u_jm (log f_jm + log p(x_j|m) − log u_jm)] − KL(q ‖ p), a bound that is tight at u = r.
+u_j = softmax_m(network(x)_jm + log p_loc,jm). It stands beside q(z|x): where f gives Jensen's bound and r the exact
+one, q(s|x) = u gives E_q[β Σ_j o_j Σ_m u_jm (log f_jm + log p(x_j|m) − log u_jm)] − KL(q ‖ p), tight at u = r.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,13 @@ from torch.nn import functional
 
 from ..models.decoders import Lattice, convolution, enlarge
 
-GROUPS = 4  # of the normalised channels
+
+class ChannelNorm(nn.LayerNorm):
+    """Each voxel's channels normalised by themselves: a patch is normalised as the whole grid is."""
+
+    def forward(self, volume: Tensor) -> Tensor:
+        """(B, C, *grid) → the same shape."""
+        return super().forward(volume.movedim(1, -1)).movedim(-1, 1)
 
 
 class LabelNetwork(nn.Module):
@@ -34,7 +40,7 @@ class LabelNetwork(nn.Module):
         cell, widths = 2**dims, [width * 2**level for level in range(levels)]
 
         def block(inputs: int, outputs: int, stride: int = 1) -> nn.Module:
-            layers = convolution(dims, inputs, outputs, stride), nn.GroupNorm(GROUPS, outputs), nn.SiLU()
+            layers = convolution(dims, inputs, outputs, stride), ChannelNorm(outputs), nn.SiLU()
             return nn.Sequential(*layers)
 
         self.stem = nn.Sequential(block(2 * channels * cell + dims, width), block(width, width))
@@ -78,6 +84,20 @@ class LabelNetwork(nn.Module):
         ]
         places = torch.stack(torch.meshgrid(*axes, indexing="ij"))
         return places.expand(len(cells), *places.shape)
+
+
+LABEL_NETWORKS: dict[str, Callable[..., nn.Module]] = {"u-net": LabelNetwork}
+
+
+def build_label_network(name: str, channels: int, num_labels: int, grid: Sequence[int], **options: int) -> nn.Module:
+    """A label network by name: (scan, observed, box) → label scores, as `LabelNetwork.forward`.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if name not in LABEL_NETWORKS:
+        raise ValueError(f"unknown label network {name!r}; choose one of {sorted(LABEL_NETWORKS)}")
+    return LABEL_NETWORKS[name](channels, num_labels, grid, **options)
 
 
 def pack(volume: Tensor) -> Tensor:

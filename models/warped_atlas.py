@@ -20,6 +20,7 @@ from .shape_prior import LabelPrior
 from .voxels import EVERYWHERE, Voxels
 
 SQUARINGS = 6  # of exp(v) = exp(v / 2⁶)^(2⁶)
+FLOOR = 1e-30  # of probabilities: a label that cannot be has a finite logarithm, and no gradient
 START_SPEED, START_SMOOTHNESS = 3.0, 8.0  # mm: sd of the velocity, and of the Gaussian that filters it, before learning
 
 
@@ -99,7 +100,7 @@ class WarpedAtlas(LabelPrior):
         there = ((2 * places + 1) / edge - 1).flip(1).mT.unflatten(1, (*[1] * (dims - 1), -1))
         atlas = self.log_location_prior.exp().expand(len(there), -1, *self.grid)
         warped = functional.grid_sample(atlas, there, padding_mode="border", align_corners=False).flatten(2)
-        scores = warped.log() - self.log_location_prior.flatten(1)[:, voxels]
+        scores = warped.clamp(min=FLOOR).log() - self.log_location_prior.flatten(1)[:, voxels]
         return scores.view(*z.shape[:-1], *scores.shape[1:])
 
     def label_log_prob(self, z: Tensor, labels: Tensor, voxels: Tensor) -> Tensor:

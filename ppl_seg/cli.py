@@ -168,6 +168,9 @@ def fit(
     brain: Brain = False,
     head: Head = False,
     steps: Steps = None,
+    label_rounds: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Rounds of learning labels straight from scans; 0 for none.")
+    ] = None,
     seed: Seed = 0,
     device: DeviceOption = Device.auto,
     precision: PrecisionOption = Precision.float32,
@@ -198,6 +201,7 @@ def fit(
         channel_align=channel_align,
         view=_view(brain, head),
         steps=steps,
+        label_rounds=label_rounds,
         seed=seed,
         device=device.value,
         precision=precision.value,

@@ -171,7 +171,13 @@ def learn(population: PopulationFiles, out: Path, size: Size, seed: int) -> dict
     for name, options in fits.items():
         with stage(f"{name}: {size.fit_steps} steps"):
             models[name] = fit_scans(
-                population.scans, prior=prior, out=out / name, steps=size.fit_steps, seed=seed, **options
+                population.scans,
+                prior=prior,
+                out=out / name,
+                steps=size.fit_steps,
+                label_rounds=0,  # some minutes more
+                seed=seed,
+                **options,
             )
     return models
 

@@ -34,7 +34,7 @@ OPTIONS = {
     | SELECTION
     | {"--out", "--labels", "--map", "--merge-sides", "--spacing", "--align", "--latent-dim", "--guide"}
     | {"--objective", "--steps"},
-    "fit": TRAINING | SCANS | {"--trust", "--prior", "--out", "--recipe", "--intensity", "--steps"},
+    "fit": TRAINING | SCANS | {"--trust", "--prior", "--out", "--recipe", "--intensity", "--steps", "--label-rounds"},
     "segment": (TRAINING - {"--precision", "--resume"})
     | SCANS
     | {"--trust", "--model", "--out", "--draws", "--refine", "--probabilities", "--save-draws", "--readout"},
@@ -105,7 +105,7 @@ def test_fit_passes_everything_on(run: Run, fake: FakeApi) -> None:
     options = (
         "--prior P --out F --suffix T1w --mask none --channels T1w,FLAIR --recipe notes --objective jensen "
         "--guide low-rank --intensity per-scan --likelihood-power 0.5 --align center --channel-align none "
-        "--brain --steps 7 --trust a.b:C --trust d:E"
+        "--brain --steps 7 --label-rounds 1 --trust a.b:C --trust d:E"
     )
     assert run("fit", "scans", *options.split())[:2] == (0, "F\n")
     assert fake.calls == [
@@ -116,9 +116,9 @@ def test_fit_passes_everything_on(run: Run, fake: FakeApi) -> None:
                 "prior": Path("P"), "out": Path("F"), "suffix": "T1w", "mask": "none",
                 "channels": ("T1w", "FLAIR"), "participants": (), "sessions": (), "recipe": "notes",
                 "objective": "jensen", "guide": "low-rank", "intensity": "per-scan", "likelihood_power": 0.5,
-                "align": "center", "channel_align": "none", "view": "brain", "steps": 7, "seed": 0,
-                "device": "auto", "precision": "32", "trusted": ("a.b:C", "d:E"), "resume": False, "force": False,
-                "progress": False,
+                "align": "center", "channel_align": "none", "view": "brain", "steps": 7, "label_rounds": 1,
+                "seed": 0, "device": "auto", "precision": "32", "trusted": ("a.b:C", "d:E"), "resume": False,
+                "force": False, "progress": False,
             },
         )
     ]  # fmt: skip

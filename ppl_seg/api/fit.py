@@ -41,6 +41,7 @@ from ppl_seg.results.provenance import Stopwatch, run_record
 
 FEWEST_SCANS = 2
 STEPS_OF_LARGE_GRIDS, BATCH_OF_LARGE_GRIDS = 60, 4  # of either training: ten minutes instead of two hours
+LABEL_STEPS_OF_LARGE_GRIDS = 600  # of each round
 WAY_OUT = "free some, use a larger machine, fewer scans, or a prior with larger --spacing"
 
 
@@ -63,6 +64,7 @@ def fit_scans(
     channel_align: str = "rigid",
     view: str | None = None,
     steps: int | None = None,
+    label_rounds: int | None = None,
     seed: int = 0,
     device: str = "auto",
     precision: str = "32",
@@ -71,30 +73,37 @@ def fit_scans(
     force: bool = False,
     progress: bool = False,
 ) -> Model:
-    """Fit q(z|x), θ and the background maps to unlabelled scans.
+    """Fit q(z|x), θ and the background maps to unlabelled scans, then q(s|x) to what they infer.
 
-    The encoder first learns on simulated scans (`sleep`), then on the real ones with the recipe's objective.
+    The encoder first learns on simulated scans (`sleep`), then on the real ones with the recipe's objective. The label
+    network then learns, in rounds, the posterior label marginals that the program infers for each scan.
 
     Args:
         scans: files, folders, globs. prior: a model of `learn_prior`, or its directory. out: model directory to write.
         participants, sessions: labels of the only ones to take; () takes all.
         trusted: import paths `package.module:Name` that the prior may name.
         channel_align: rigid or none, for channels on other grids. view: brain or head; None decides by the scans.
-        recipe: by name; objective, guide, intensity, likelihood_power, steps change it.
+        recipe: by name; objective, guide, intensity, likelihood_power, steps, label_rounds change it.
 
     Raises:
         InputError: bad files or options, too few scans, `out` in use. TrainingError: a bound that is not finite.
     """
     trust(guide, objective)
     chosen = build_recipe(
-        recipe, objective=objective, guide=guide, intensity=intensity, likelihood_power=likelihood_power, steps=steps
+        recipe,
+        objective=objective,
+        guide=guide,
+        intensity=intensity,
+        likelihood_power=likelihood_power,
+        steps=steps,
+        label_rounds=label_rounds,
     )
+    if chosen.label_rounds < 0:
+        raise InputError(f"--label-rounds {chosen.label_rounds}: expected at least 0")
     if chosen.shape == "location":
         raise InputError(f"--recipe {chosen.name}: has no latent shape to fit; segment with it from the prior")
     if steps is not None:
-        chosen = replace(
-            chosen, sleep_steps=min(chosen.sleep_steps, steps), label_steps=min(chosen.label_steps, steps)
-        )
+        chosen = replace(chosen, sleep_steps=min(chosen.sleep_steps, steps), label_steps=min(chosen.label_steps, steps))
     check_channel_alignment(channel_align)
     check_view(view)
     where, watch = resolve_device(device), Stopwatch()
@@ -111,6 +120,7 @@ def fit_scans(
     if steps is None and math.prod(model.grid.shape) > LARGE_GRID:
         few = STEPS_OF_LARGE_GRIDS
         chosen = replace(chosen, sleep_steps=few, steps=few, batch_size=BATCH_OF_LARGE_GRIDS)
+        chosen = replace(chosen, label_steps=LABEL_STEPS_OF_LARGE_GRIDS)
     needed = fit_memory(model, chosen, len(found), len(found[0].paths))
     check_memory("fit", needed, available_memory(where), WAY_OUT)
     model, x, observed = load_scans(model, found, mask, channel_align, view)

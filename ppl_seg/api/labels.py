@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from ppl_seg.api.model import Model
 from ppl_seg.api.output import LABELS, say
 from ppl_seg.data.scan_augmentation import augmentation
+from ppl_seg.guides.label_network import build_label_network
 from ppl_seg.inference.label_training import LabelCrossEntropy, LabelTask, match_location
-from ppl_seg.inference.networks import build_label_network, freeze
+from ppl_seg.inference.networks import freeze
 from ppl_seg.inference.trainer import TrainingOptions, fit
 from ppl_seg.inference.training_options import derived_seed
 
+NETWORK = "u-net"
 DRAWS = 16  # of z, over which a scan's label marginals are averaged
 CLIP_NORM = 0.1  # of the cross-entropy per voxel
 AGREEMENT = 0.99  # share of the structures' voxels that a round leaves as they were: the next one has nothing to teach
@@ -40,8 +42,8 @@ def learn_label_network(
     recipe, seed, location = model.recipe, training["seed"], model.shape_prior.log_location_prior
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(seed, 0, "label network"))
-        network = build_label_network(scans.shape[1], len(model.table), model.grid.shape)
-    model = replace(model, config={**model.config, "label_network": {"options": {}}})
+        network = build_label_network(NETWORK, scans.shape[1], len(model.table), model.grid.shape)
+    model = replace(model, config={**model.config, "label_network": {"network": NETWORK, "options": {}}})
     options = TrainingOptions(
         **{**training, "learning_rate": recipe.label_rate}, steps=recipe.label_steps, clip_norm=CLIP_NORM
     )
@@ -80,16 +82,20 @@ def learn_label_network(
 def infer_targets(model: Model, scans: Tensor, observed: Tensor, seed: int) -> Tensor:
     """Label marginals of each scan, (n, M, *grid), float16.
 
-    The first time they are the mean of two inferences, one from q(z|x) and one from the best of the label maps' codes: where
-    the two end in different optima, neither is right.
+    The first time they are the mean of two inferences, one from q(z|x) and one from the best of the label maps' codes:
+    where the two end in different optima, neither is right.
     """
+    recipe = model.recipe
     starts = (True, False) if model.label_network is None else (True,)
     found = []
     with torch.random.fork_rng(devices=[]):
         for i in range(len(scans)):
             torch.manual_seed(derived_seed(seed, i, "scan"))
             one = scans[i : i + 1], observed[i : i + 1]
-            each = [model.infer(model.recipe, *one, amortised=start).label_marginals(DRAWS) for start in starts]
+            each = [
+                model.infer(recipe, *one, amortised=start).label_marginals(DRAWS, recipe.readout_power)
+                for start in starts
+            ]
             found.append((sum(each[1:], each[0]) / len(each)).half())
     return torch.cat(found)
 

@@ -19,9 +19,9 @@ from ppl_seg.data.grids import Grid
 from ppl_seg.data.labels import LabelTable
 from ppl_seg.errors import InputError
 from ppl_seg.guides.label_maps import LabelMapGuide
+from ppl_seg.guides.label_network import build_label_network
 from ppl_seg.inference.networks import (
     build_label_guide,
-    build_label_network,
     build_scan_guide,
     build_segmentation_model,
     build_shape_prior,
@@ -121,8 +121,9 @@ def _networks(config: Mapping[str, Any], recipe: Recipe, location: Tensor) -> di
             recipe.guide, prior.latent_dim, config["channels"], prior.grid, **_options(config["scan_guide"])
         )
         if "label_network" in config:
+            labels = config["label_network"]
             networks["label_network"] = build_label_network(
-                config["channels"], prior.num_labels, prior.grid, **_options(config["label_network"])
+                labels["network"], config["channels"], prior.num_labels, prior.grid, **_options(labels)
             )
     return networks
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from pyro import distributions as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ppl_seg import __version__
 from ppl_seg.api.output import say
@@ -27,7 +27,6 @@ from ppl_seg.errors import InputError
 from ppl_seg.guides.deformations import DeformationGuide
 from ppl_seg.guides.families import Family, build_family
 from ppl_seg.guides.label_maps import LabelMapGuide
-from ppl_seg.guides.label_network import LabelNetwork
 from ppl_seg.guides.scans import ScanGuide
 from ppl_seg.inference.expectation import label_responsibilities, update_theta
 from ppl_seg.inference.label_training import log_label_marginals
@@ -60,8 +59,10 @@ START_SCALE = 0.3  # sd of a scan's own q(z) before its first step: the gradient
 class Inference:
     """One scan's posterior on the grid.
 
-    bound: of the objective, nats; kl: KL(q ‖ p). program, data: what z was inferred with, (scan, observed), with the label
-    guide's factor where there is one. model: the program without it; log_factor: it, log u (M, *grid), or None.
+    program, data: what z was inferred with, data (scan, observed); both with the label guide's factor where there is
+    one. model: the program without it; log_factor: it, log u (M, *grid), or None.
+    bound: of the program, by the objective, nats; with the factor it is a lower bound of the bound without, see
+    `models.guided_intensity`. kl: KL(q ‖ p).
     """
 
     posterior: Posterior
@@ -72,10 +73,10 @@ class Inference:
     bound: float
     kl: float
 
-    def label_marginals(self, draws: int) -> Tensor:
-        """Responsibilities averaged over draws of z, (1, M, *grid)."""
+    def label_marginals(self, draws: int, power: float) -> Tensor:
+        """Responsibilities averaged over draws of z, (1, M, *grid). power: of the likelihood within them."""
         z = self.posterior.sample(draws)
-        r = label_responsibilities(self.program, z, *self.data, self.posterior.theta)
+        r = label_responsibilities(self.program, z, *self.data, self.posterior.theta, power=power)
         return r.unflatten(-1, self.model.shape_prior.grid)
 
 
@@ -104,7 +105,7 @@ class Model:
     channels: int = 1
     scan_guide: ScanGuide | None = None
     theta: IntensityParameters | None = None
-    label_network: LabelNetwork | None = None
+    label_network: nn.Module | None = None
     field_of_view: str = "crop"
 
     def save(self, directory: str | Path, files: dict[str, bytes | str] | None = None) -> None:

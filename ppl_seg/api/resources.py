@@ -23,6 +23,7 @@ _PER_VOXEL = 80  # a scan in its own voxels with its masks, label map, entropy
 _PER_CHANNEL_AND_VOXEL = 24
 _IN_TRAINING = 28  # of each scan of a batch, label and voxel of the grid
 _PER_SCAN_KEPT = 30  # of each scan, channel and voxel of the grid
+_PER_TARGET = 2  # of each scan, label and voxel of the grid
 _OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "bad_alloc", "out of memory")
 
 
@@ -43,7 +44,8 @@ def fit_memory(model: Model, recipe: Recipe, scans: int, channels: int) -> float
     """Bytes that fitting to a number of scans takes."""
     labels, grid = len(model.table), math.prod(model.grid.shape)
     batch = min(scans, recipe.batch_size)
-    return _LIBRARIES + grid * (_IN_TRAINING * batch * labels + _PER_SCAN_KEPT * scans * channels)
+    targets = _PER_TARGET * scans * labels if recipe.label_rounds else 0
+    return _LIBRARIES + grid * (_IN_TRAINING * batch * labels + _PER_SCAN_KEPT * scans * channels + targets)
 
 
 def available_memory(device: torch.device) -> float:

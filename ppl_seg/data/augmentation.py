@@ -111,9 +111,7 @@ def random_positions(
     linear = linear @ (torch.eye(d, device=generator.device) + deformation.shear * normal(batch, d, d).tril(-1))
     centre = (torch.tensor(grid, device=generator.device) - 1) / 2
     sides = box or [slice(None)] * d
-    axes = [
-        torch.arange(n, device=generator.device)[side] - c for n, c, side in zip(grid, centre, sides, strict=True)
-    ]
+    axes = [torch.arange(n, device=generator.device)[side] - c for n, c, side in zip(grid, centre, sides, strict=True)]
     around = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, d)
     shift = deformation.translation * normal(batch, 1, d)
     moved = around @ linear.transpose(1, 2) + centre + shift

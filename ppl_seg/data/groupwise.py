@@ -11,12 +11,13 @@ from scipy import ndimage
 from scipy.linalg import expm, logm
 
 from ppl_seg.data.grids import Grid, Placed, cubic_grid
+from ppl_seg.data.information import Comparison, most_informative
 from ppl_seg.data.registration import Level, Volume, centroid, coarse, padded, register
 from ppl_seg.data.resampling import resample, resample_labels
-from ppl_seg.data.starts import Probe, improved
 
 _SPACING = 3.0  # mm, of the common target
-_MASKS, _CLASSES = Level(4.0, 15_000, 30), Level(_SPACING, 15_000, 30)
+_MASKS = Level(4.0, 15_000, 30)
+_POINTS = 15_000  # of the target
 _ROUNDS = 3  # by classes, after one by masks
 _PADDING = 30.0  # mm around a map that others may cover
 _MARGIN = 8.0  # mm of grid around the content
@@ -76,16 +77,16 @@ def align_maps(
     for number in range(0 if align == "center" else 1 + _ROUNDS):
         if number == 0:
             # rigid: a mask alone leaves open which turn goes with which stretch
-            moving, metric, level, kind = [one.mask for one in maps], "squares", _MASKS, "rigid"
-            mean = Volume(_mean(moving, worlds, target), target.affine)
+            masks = [one.mask for one in maps]
+            mean = Volume(_mean(masks, worlds, target), target.affine)
+            pairs = zip(masks, worlds, strict=True)
+            found = [register(mean, mask, world, "squares", _MASKS)[0] for mask, world in pairs]
         else:
-            moving, metric, level, kind = [one.mean for one in maps], "mutual-information", _CLASSES, align
             # the mean of maps that are turned against each other is blurred: the first round is towards one of them
             some = slice(typical, typical + 1) if number == 1 else slice(None)
             mean = Volume(_most(maps[some], worlds[some], target), target.affine)
-            worlds = [_looked_around(mean, one, w, kind) for one, w in zip(moving, worlds, strict=True)]
-        pairs = zip(moving, worlds, strict=True)
-        worlds = _unbiased([register(mean, volume, world, kind, metric, level)[0] for volume, world in pairs])
+            found = [_explained(mean, one.mean, world, align) for one, world in zip(maps, worlds, strict=True)]
+        worlds = _unbiased(found)
     share = _mean([one.content for one in maps], worlds, target)
     inside = np.argwhere(share >= _CONTENT)
     ends = np.stack([inside.min(0) - 0.5, inside.max(0) + 0.5])
@@ -93,11 +94,12 @@ def align_maps(
     return cubic_grid(low, high, spacing, default), worlds
 
 
-def _looked_around(mean: Volume, moving: Volume, world: np.ndarray, kind: str) -> np.ndarray:
-    """The world matrix improved without gradients, as scans' are."""
+def _explained(mean: Volume, moving: Volume, world: np.ndarray, kind: str) -> np.ndarray:
+    """The world matrix improved by mutual information, as scans' are."""
     scaled = Volume(moving.data / max(float(moving.data.max()), 1.0), moving.affine)
+    seen = Volume(np.ones_like(moving.data), moving.affine)
     region = ndimage.binary_dilation(mean.data > 0, iterations=2)
-    return improved(Probe.of(mean, scaled, region, 8000, _SPACING), world, 9 if kind == "affine" else 3)[0]
+    return most_informative(Comparison.of(mean, scaled, seen, [(region, _POINTS)], _SPACING), world, kind)[0]
 
 
 def _mean(volumes: Sequence[Volume], worlds: Sequence[np.ndarray], target: Grid) -> np.ndarray:

@@ -18,6 +18,7 @@ from ppl_seg.data.resampling import resample
 
 _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS mm to LPS mm and back
 _SEED = 1
+_SLACK = 1e-3  # of a voxel: rounding of affines must not add a slice
 _BINS_AROUND = 4  # bins that Mattes' histogram keeps free
 
 
@@ -48,16 +49,15 @@ def register(
     fixed: Volume,
     moving: Volume,
     start: np.ndarray,
-    kind: str,
     metric: str,
     level: Level,
     region: np.ndarray | None = None,
 ) -> tuple[np.ndarray, float]:
-    """Improve a world matrix by gradient steps on a metric.
+    """Improve a world matrix by a turn and a shift (6 parameters; its own scales stay): gradient steps on a metric.
 
     Args:
         fixed, moving: what is compared; `fixed` is read at its own voxels only, so it may hold classes.
-        start: world matrix. kind: `rigid` (6 parameters; the start's own scales stay) or `affine` (12).
+        start: world matrix.
         metric: `mutual-information` (Mattes) or `squares` (mean squared difference).
         level: the moving volume is brought to its spacing first. region: voxels of `fixed` that count, (X, Y, Z).
 
@@ -72,7 +72,7 @@ def register(
     if region is not None:
         method.SetMetricFixedMask(_image(Volume(region.astype(np.uint8), fixed.affine)))
     centre = (_LPS @ _middle(fixed, region))[:3]
-    step: Any = sitk.AffineTransform(3) if kind == "affine" else sitk.Euler3DTransform()
+    step = sitk.Euler3DTransform()
     step.SetCenter(centre)  # the step is applied first, in the fixed volume's world
     method.SetMovingInitialTransform(_transform(start))
     method.SetInitialTransform(step, inPlace=True)
@@ -108,7 +108,7 @@ def coarse(volume: Volume, spacing: float) -> Volume:
     factors[np.array(volume.shape) == 1] = 1.0
     if (factors < 1.05).all():
         return volume
-    shape = [max(1, int(np.ceil(n / factor))) for n, factor in zip(volume.shape, factors, strict=True)]
+    shape = [max(1, int(np.ceil(n / factor - _SLACK))) for n, factor in zip(volume.shape, factors, strict=True)]
     matrix = np.diag([*factors, 1.0])
     matrix[:3, 3] = (np.array(volume.shape) - 1) / 2 - factors * (np.array(shape) - 1) / 2
     data = torch.from_numpy(np.ascontiguousarray(volume.data, dtype=np.float32))[None]

@@ -10,22 +10,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import expm
-from scipy.optimize import minimize
 from scipy.spatial.transform import Rotation
 
 from ppl_seg.data.registration import Volume, coarse
 
 BINS = 16
-_REACH = 60.0  # mm; a turn or scale is measured by how far it moves what lies so far from the middle
-_POWELL = {"xtol": 0.1, "ftol": 1e-4, "maxfev": 3000}
-# generators of linear maps: turns, one scale, shears, stretches
-_GENERATORS = np.array([
-    [[0, 0, 0], [0, 0, -1], [0, 1, 0]], [[0, 0, 1], [0, 0, 0], [-1, 0, 0]], [[0, -1, 0], [1, 0, 0], [0, 0, 0]],
-    [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
-    [[0, 1, 0], [1, 0, 0], [0, 0, 0]], [[0, 0, 1], [0, 0, 0], [1, 0, 0]], [[0, 0, 0], [0, 0, 1], [0, 1, 0]],
-    [[1, 0, 0], [0, -1, 0], [0, 0, 0]], [[1, 0, 0], [0, 0, 0], [0, 0, -1]],
-], dtype=np.float64)  # fmt: skip
 TURNS = (-24.0, 0.0, 24.0)  # degrees about each axis
 
 
@@ -91,26 +80,3 @@ def best_starts(probe: Probe, start: np.ndarray, shifts: Iterable[Sequence[float
         found.append((scores[best], world))
     found.sort(key=lambda pair: -pair[0])
     return [world for _, world in found[:keep]]
-
-
-def improved(probe: Probe, start: np.ndarray, freedom: int) -> tuple[np.ndarray, float]:
-    """A world matrix after Powell's search, and the information there.
-
-    It needs no gradient, which leads slowly along the valley where turns and stretches trade places.
-
-    Args:
-        freedom: how many of the nine generators of linear maps, besides shifts: 3 turns, 4 with one scale, or all 9.
-    """
-    middle = probe.points.mean(0)
-
-    def world_of(values: np.ndarray) -> np.ndarray:
-        moved = np.eye(4)
-        moved[:3, :3] = expm(np.tensordot(values[3:] / _REACH, _GENERATORS[:freedom], 1))
-        moved[:3, 3] = middle + values[:3] - moved[:3, :3] @ middle
-        return start @ moved
-
-    def loss(values: np.ndarray) -> float:
-        return -probe.information(probe.positions(world_of(values)))
-
-    found = minimize(loss, np.zeros(3 + freedom), method="Powell", options=_POWELL)
-    return world_of(found.x), -float(found.fun)

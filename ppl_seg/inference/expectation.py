@@ -42,12 +42,13 @@ def label_responsibilities(
     theta: IntensityParameters,
     factor: Factor = "posterior",
     voxels: Voxels = EVERYWHERE,
+    power: float = 1.0,
 ) -> Tensor:
     """Responsibilities averaged over draws of z, detached, (B, M, J): r (`posterior`) or f (`prior`).
 
     Args:
         model: the program. z: draws, (S, B, D); None stands for f = p_loc. scan, observed: (B, C, *grid).
-        theta: at the old values. voxels: which, flat; J is their number.
+        theta: at the old values. voxels: which, flat; J is their number. power: of the likelihood within r.
     """
     flat, seen = flatten(scan, observed)
     theta = theta.at(voxels)
@@ -55,7 +56,7 @@ def label_responsibilities(
     with torch.no_grad():
         joint = location
         if factor == "posterior":
-            joint = location + model.intensity.label_log_prob(take(flat, voxels), take(seen, voxels), theta)
+            joint = location + power * model.intensity.label_log_prob(take(flat, voxels), take(seen, voxels), theta)
         if z is None:
             return joint.softmax(-2).expand(scan.shape[0], -1, -1)
         total: Tensor | float = 0.0

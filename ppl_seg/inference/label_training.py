@@ -1,8 +1,8 @@
 """The label network's training ("wake"): towards the posterior label marginals that the program infers for each scan.
 
-The marginals of many scans are what teaches: a Gaussian a class sees one voxel, the network what the scans have in common
-around it. A condition that needs no label holds them in place: if the program is right, its posteriors averaged over the
-scans are the prior, E_x p(s_j|x) = p(s_j). `match_location` restores that before the network learns.
+The marginals of many scans are what teaches: a Gaussian a class sees one voxel, the network what the scans have in
+common around it. A condition that needs no label holds them in place: if the program is right, its posteriors averaged
+over the scans are the prior, E_x p(s_j|x) = p(s_j). `match_location` restores that before the network learns.
 """
 
 from __future__ import annotations
@@ -11,18 +11,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..guides.label_network import LabelNetwork
 from ..models.shape_prior import gaussian_blur
 from .task import Batch, Task
 from .tasks import choose
 
 PATCH = 48  # voxels: the longest side of what a training step sees of a scan
 # (scan, observed, targets, box, generator) → the box of each, deformed and recoloured at random.
-ScanAugment = Callable[
-    [Tensor, Tensor, Tensor, Sequence[slice], torch.Generator], tuple[Tensor, Tensor, Tensor]
-]
+ScanAugment = Callable[[Tensor, Tensor, Tensor, Sequence[slice], torch.Generator], tuple[Tensor, Tensor, Tensor]]
 SMALLEST = 1e-8  # probability, in logarithms
 
 
@@ -71,7 +68,7 @@ class LabelTask(Task):
         )
 
 
-def log_label_marginals(network: LabelNetwork, log_location_prior: Tensor, scan: Tensor, observed: Tensor) -> Tensor:
+def log_label_marginals(network: nn.Module, log_location_prior: Tensor, scan: Tensor, observed: Tensor) -> Tensor:
     """log u of whole scans, (B, M, *grid)."""
     with torch.no_grad():
         # torch's 3-D convolution of a single small volume on a CPU takes longer than of two
@@ -93,8 +90,8 @@ def match_location(
     """Label marginals t ∝ r exp(b), with one smooth b for all scans, so that their mean over scans is the prior's.
 
     Args:
-        targets: r, (n, M, *grid), changed in place. observed: (n, C or 1, *grid). blur: sd of the Gaussian through which
-            the two are compared, voxels.
+        targets: r, (n, M, *grid), changed in place. observed: (n, C or 1, *grid).
+        blur: sd of the Gaussian through which the two are compared, voxels.
     """
     location = log_location_prior.exp()
     seen = observed.any(1, keepdim=True)

@@ -12,7 +12,6 @@ from ..guides.deformations import DeformationGuide
 from ..guides.encoders import ConvolutionalEncoder
 from ..guides.families import build_family
 from ..guides.label_maps import LabelMapGuide
-from ..guides.label_network import LabelNetwork
 from ..guides.scans import ScanGuide
 from ..models.decoders import build_decoder
 from ..models.intensity import IntensityModel, IntensityParameters
@@ -68,11 +67,6 @@ def build_scan_guide(family: str, latent_dim: int, channels: int, grid: Sequence
     """q(z|x); the encoder sees the scan and what of it is observed."""
     distribution = build_family(family, latent_dim)
     return ScanGuide(ConvolutionalEncoder(2 * channels, grid, distribution.num_parameters, **options), distribution)
-
-
-def build_label_network(channels: int, num_labels: int, grid: Sequence[int], **options: Any) -> LabelNetwork:
-    """q(s|x); the network sees the scan and what of it is observed."""
-    return LabelNetwork(channels, num_labels, grid, **options)
 
 
 def freeze(module: AnyModule) -> AnyModule:

@@ -11,7 +11,6 @@ from ..models.intensity import PseudoCounts
 from .expectation import MapOptions
 from .objectives import OBJECTIVES
 
-
 BRAIN_POWER = 0.01  # β of brains on a grid of 2 mm, where the default's would be that of small crops
 
 
@@ -61,7 +60,7 @@ class Recipe:
     refine_rate: float = 0.1
     per_scan_steps: int = 30
     label_rounds: int = 2
-    label_steps: int = 600
+    label_steps: int = 1000
     label_batch_size: int = 4
     label_rate: float = 2e-3
     label_blur: float = 3.0
@@ -145,9 +144,13 @@ def changed_recipe(recipe: Recipe, name: str | None = None, **changes: Any) -> R
 def recipe_for_field(recipe: Recipe, field_of_view: str) -> Recipe:
     """The recipe for label maps of a brain, a head or a crop.
 
+    A crop's box says where its structures are, and its scans are of the label maps' kind: on average they agree with
+    the location prior. Whole brains differ with age, and their label maps are often others'.
     Around a brain without its head lies one kind of background, fluid: maps of it take from the structures instead.
     Structures of whole brains are of more than one brightness: partial volume, nuclei, lesions.
     """
+    if field_of_view != "crop":
+        recipe = replace(recipe, label_blur=0.0)
     if field_of_view != "brain" or recipe.classes == "labels":
         return recipe
     return replace(

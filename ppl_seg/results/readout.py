@@ -80,8 +80,8 @@ def read_out(
         keep_draws, keep_marginals: keep every drawn segmentation, the label marginals.
         region: bool, (X, Y, Z), the mask: what may be something else than background; None for everything.
         share: of the usual working memory; less takes longer.
-        log_factor: log u of a label guide on the prior's grid, (M, *grid): r ∝ f p(x|m) u where the scan is observed, and
-            log_likelihood is that of p(x|m) u, at most log p(x|z).
+        log_factor: log u of a label guide on the prior's grid, (M, *grid): r ∝ f p(x|m) u where the scan is observed,
+            and log_likelihood is that of p(x|m) u, at most log p(x|z).
     """
     own, total, count = tuple(scan.shape[1:]), scan[0].numel(), model.shape_prior.num_labels
     reader = _Reader(model, theta.detach(), scan, observed, matrix, name, log_factor, power)

@@ -121,6 +121,7 @@ def test_a_fit_killed_between_rounds_resumes_to_the_same_model(
 
 def test_altered_options_of_the_network_are_an_error(fitted: tuple[Model, Path], tmp_path: Path) -> None:
     model, _ = fitted
-    replace(model, config={**model.config, "label_network": {"options": {"width": 8}}}).save(tmp_path / "m")
+    other = {"network": "u-net", "options": {"width": 8}}
+    replace(model, config={**model.config, "label_network": other}).save(tmp_path / "m")
     with pytest.raises(InputError, match="label_network"):
         load_model(tmp_path / "m")

@@ -61,7 +61,9 @@ def test_batches_are_patches_of_the_grid() -> None:
     for step in range(12):
         patch, _, location, labels, box = task.batch(step, torch.Generator().manual_seed(step)).args
         assert patch.shape == (2, 1, PATCH, 4, PATCH) and labels.shape[1:] == (LABELS, *patch.shape[2:])
-        assert location.shape == labels.shape[1:] and torch.equal(patch[0, 0], scan[:, 0][(slice(None), *box)][int(patch[0, 0, 0, 0, 0] // scan[0].numel())])
+        assert location.shape == labels.shape[1:]
+        there = scan[(slice(None), slice(None), *box)]
+        assert any(torch.equal(patch[0], one) for one in there)
         starts.add(box[0].start)
     assert starts > {0, 5} or len(starts) >= 4
 
@@ -73,7 +75,7 @@ def test_the_network_learns_what_the_targets_have_in_common() -> None:
     before = log_label_marginals(network, location, scan, observed)
     torch.testing.assert_close(before, location.expand_as(before))
     task = LabelTask(scan, observed, targets, location, 3, untouched)
-    options = TrainingOptions(steps=40, learning_rate=5e-3, clip_norm=0.1, device="cpu")
+    options = TrainingOptions(steps=40, learning_rate=1e-2, clip_norm=0.1, device="cpu")
     log = fit(nn.Identity(), network, LabelCrossEntropy(), task, options, progress=False)
     assert log.steps == 40
     after = log_label_marginals(network, location, scan, observed)

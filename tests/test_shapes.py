@@ -1,0 +1,115 @@
+"""`prior --shape warp` and what follows it, through the real commands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from ppl_seg import load_model
+from ppl_seg.models.warped_atlas import WarpedAtlas
+
+Run = Callable[..., tuple[int, str, str]]
+SHAPE = (24, 26, 22)
+
+
+def ball(number: int) -> np.ndarray:
+    """A ball in a ball, a little elsewhere in each."""
+    centre = np.array([11.5, 12.5, 10.5]) + np.random.default_rng(number).uniform(-2, 2, 3)
+    distance = np.linalg.norm(np.moveaxis(np.indices(SHAPE), 0, -1) - centre, axis=-1)
+    return (distance < 7).astype(np.int16) + (distance < 4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four label maps and two scans."""
+    folder = tmp_path_factory.mktemp("balls")
+    affine = np.diag([2.0, 2, 2, 1])
+    for number in range(4):
+        nib.save(nib.Nifti1Image(ball(number), affine), folder / f"sub-0{number}_dseg.nii.gz")
+    for number in (4, 5):
+        noise = np.random.default_rng(number).normal(0, 5, SHAPE)
+        scan = (100 + 60 * ball(number) + noise).astype(np.float32)
+        nib.save(nib.Nifti1Image(scan, affine), folder / f"sub-0{number}_T1w.nii.gz")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prior(folder: Path) -> Path:
+    from ppl_seg import learn_prior
+
+    learn_prior([folder], out=folder / "prior", shape="warp", align="none", steps=30)
+    return folder / "prior"
+
+
+def test_the_model_directory(prior: Path) -> None:
+    config = json.loads((prior / "config.json").read_text())
+    assert config["shape_prior"]["decoder"] == "warp" and config["shape_prior"]["options"] == {"control": 6}
+    report = json.loads((prior / "report.json").read_text())
+    assert report["mean_reconstruction_dice"] > 0.8
+    model = load_model(prior)
+    assert isinstance(model.shape_prior, WarpedAtlas)
+    assert model.hash == load_model(prior).hash
+
+
+def test_segment_follows_the_scan(run: Run, prior: Path, folder: Path) -> None:
+    code, out, err = run(
+        "segment", folder / "sub-04_T1w.nii.gz", "--model", prior, "--out", folder / "out", "--draws", 8
+    )
+    assert code == 0, out + err
+    (path,) = (folder / "out").rglob("*_dseg.nii.gz")
+    found, truth = np.asarray(nib.load(path).dataobj), ball(4)
+    for value in (1, 2):
+        overlap = 2 * ((found == value) & (truth == value)).sum() / ((found == value).sum() + (truth == value).sum())
+        assert overlap > 0.85
+
+
+def test_a_label_map_of_the_scan_gives_the_shape(prior: Path, folder: Path) -> None:
+    truth = folder / "sub-04_dseg.nii.gz"
+    nib.save(nib.Nifti1Image(ball(4), np.diag([2.0, 2, 2, 1])), truth)
+    try:
+        result = load_model(prior).segment(folder / "sub-04_T1w.nii.gz", shape_from=truth, readout="decoder", draws=4)
+    finally:
+        truth.unlink()
+    assert (result.label_map == ball(4)).mean() > 0.95
+
+
+def test_fit_and_segment(run: Run, prior: Path, folder: Path) -> None:
+    quick = ("--prior", prior, "--steps", 2, "--mask", "none")
+    code, out, err = run(
+        "fit", folder / "sub-04_T1w.nii.gz", folder / "sub-05_T1w.nii.gz", *quick, "--out", folder / "fit"
+    )
+    assert code == 0, out + err
+    code, out, err = run(
+        "segment",
+        folder / "sub-05_T1w.nii.gz",
+        "--model",
+        folder / "fit",
+        "--draws",
+        2,
+        "--refine",
+        2,
+        "--out",
+        folder / "fitted",
+    )
+    assert code == 0, out + err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--shape", "sphere"), "--shape sphere: unknown; choose convolutional or warp"),
+        (("--shape", "warp", "--latent-dim", 4), "leave --latent-dim and --objective out"),
+        (("--shape", "warp", "--objective", "trace"), "leave --latent-dim and --objective out"),
+    ],
+)
+def test_what_does_not_go_together(
+    run: Run, folder: Path, tmp_path: Path, options: tuple[object, ...], words: str
+) -> None:
+    code, _, err = run("prior", folder, "--out", tmp_path / "model", *options)
+    assert code == 2 and words in err
+    assert not (tmp_path / "model").exists()

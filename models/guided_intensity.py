@@ -43,7 +43,7 @@ class GuidedIntensity(IntensityModel):
         """ℓ_jm + log u_jm, (B, M, J); nothing where nothing is observed."""
         first = self.intensity.channels
         said = torch.where(observed[:, first:], scan[:, first:], 0.0)
-        return super().label_log_prob(scan, observed, theta) + said
+        return self.intensity.label_log_prob(*self.own(scan, observed), theta) + said
 
     def m_step(
         self,
@@ -77,16 +77,12 @@ def with_log_factor(
     return torch.cat([scan, log_factor], 1), torch.cat([seen, counts.expand_as(log_factor)], 1)
 
 
-def mask_log_factor(inside: Tensor, num_labels: int, background: float) -> Tensor:
-    """log p(in the mask or not | label) of a brain mask, (B, M, *grid).
-
-    A mask cut around the brain is an observation of its own: without it an atlas shrinks until the background, which
-    fits any brightness, covers the outermost cortex.
+def outside_log_factor(inside: Tensor, num_labels: int, background: float) -> Tensor:
+    """log p(outside the brain mask | label) where a mask leaves out, else 0, (B, M, *grid).
 
     Args:
-        inside: bool, (B, 1, *grid). background: the probability that background lies within the mask.
+        inside: bool, (B, 1, *grid), the mask. background: how often background lies within the mask.
     """
-    rates = torch.full((num_labels, *[1] * (inside.dim() - 2)), 1 - STRUCTURE_OUTSIDE)
-    rates[0] = background
-    rates = rates.to(inside.device)
-    return torch.where(inside, rates.log(), (1 - rates).log())
+    rates = torch.full((num_labels, *[1] * (inside.dim() - 2)), STRUCTURE_OUTSIDE, device=inside.device)
+    rates[0] = 1 - background
+    return torch.where(inside, 0.0, rates.log())

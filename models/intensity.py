@@ -81,6 +81,9 @@ class IntensityModel(nn.Module):
         class_of_label: class of each label, length M; classes are 0..N-1, and label 0 (background) has class 0.
         components: number of Gaussians of each class, length N.
         channels: C.
+        background_observed: how often background is observed where structures always are: below 1 behind a brain mask,
+            which is itself an observation. Without it an atlas shrinks until the background, which fits any brightness,
+            covers the outermost cortex.
 
     Raises:
         ValueError: if classes are not 0..N-1, or the background's class is not 0.
@@ -89,7 +92,13 @@ class IntensityModel(nn.Module):
     class_of_label: Tensor
     class_of_component: Tensor
 
-    def __init__(self, class_of_label: Sequence[int], components: Sequence[int], channels: int = 1) -> None:
+    def __init__(
+        self,
+        class_of_label: Sequence[int],
+        components: Sequence[int],
+        channels: int = 1,
+        background_observed: float = 1.0,
+    ) -> None:
         super().__init__()
         if class_of_label[0] != 0 or set(class_of_label) != set(range(len(components))):
             raise ValueError(
@@ -99,7 +108,7 @@ class IntensityModel(nn.Module):
         if min(components) < 1:
             raise ValueError(f"every class needs at least one component; found {list(components)}")
         self.components = tuple(int(k) for k in components)
-        self.channels = channels
+        self.channels, self.background_observed = channels, background_observed
         self.register_buffer("class_of_label", torch.tensor(list(class_of_label)), persistent=False)
         of_component = [n for n, k in enumerate(self.components) for _ in range(k)]
         self.register_buffer("class_of_component", torch.tensor(of_component), persistent=False)
@@ -146,9 +155,14 @@ class IntensityModel(nn.Module):
         return torch.stack(classes, 1)
 
     def label_log_prob(self, scan: Tensor, observed: Tensor, theta: IntensityParameters) -> Tensor:
-        """ℓ_jm = log p(x_j | s_j = m), (B, M, J)."""
+        """ℓ_jm = log p(x_j | s_j = m), (B, M, J), with the background's chance of being observed."""
         of_class = self.class_log_prob(scan, observed, theta)
-        return of_class if self.one_label_per_class else of_class[:, self.class_of_label]
+        of_label = of_class if self.one_label_per_class else of_class[:, self.class_of_label]
+        if self.background_observed == 1:
+            return of_label
+        seen = observed.any(1).to(of_label.dtype)
+        background = of_label[:, :1] + math.log(self.background_observed) * seen[:, None]
+        return torch.cat([background, of_label[:, 1:]], 1)
 
     def class_sums(self, label_values: Tensor) -> Tensor:
         """Sum over the labels of each class: (B, M, J) → (B, N, J)."""

@@ -34,7 +34,7 @@ prior = networks.build_shape_prior(saved["prior"]["log_location_prior"].exp(), "
 prior.load_state_dict(saved["prior"])
 recipe = recipes.build_recipe("default", objective=args.elbo, guide=args.guide)
 model = networks.build_segmentation_model(prior, table.class_of_label, 1, recipe)  # freezes the prior
-guide = networks.build_scan_guide(args.guide, saved["latent"], 1, grid.shape)
+guide = networks.build_scan_guide(prior, args.guide, 1)
 factor = posterior.factor_of(args.elbo)  # q(s|·) of the bound, which θ is learned from: f for jensen, else r
 
 placed = []

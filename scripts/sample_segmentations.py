@@ -37,7 +37,7 @@ recipe, factor = Recipe.from_dict(saved["recipe"]), factor_of(saved["recipe"]["o
 prior = build_shape_prior(saved["prior"]["log_location_prior"].exp(), "convolutional", saved["latent"])
 prior.load_state_dict(saved["prior"])
 model = build_segmentation_model(prior, table.class_of_label, 1, recipe)
-guide = build_scan_guide(recipe.guide, saved["latent"], 1, grid.shape)
+guide = build_scan_guide(prior, recipe.guide, 1)
 guide.load_state_dict(saved["guide"])
 
 own = load_scan([args.scan])

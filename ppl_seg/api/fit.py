@@ -150,7 +150,7 @@ def fit_scans(
     program, theta = stage.start()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        scan_guide = build_scan_guide(chosen.guide, model.shape_prior.latent_dim, x.shape[1], model.grid.shape)
+        scan_guide = build_scan_guide(model.shape_prior, chosen.guide, x.shape[1])
     if chosen.sleep_steps:
         stage.learn_asleep(scan_guide, theta)
     watch.lap("sleep")

@@ -118,7 +118,7 @@ def _networks(config: Mapping[str, Any], recipe: Recipe, location: Tensor) -> di
     }
     if config["kind"] == "fit":
         networks["scan_guide"] = build_scan_guide(
-            recipe.guide, prior.latent_dim, config["channels"], prior.grid, **_options(config["scan_guide"])
+            prior, recipe.guide, config["channels"], **_options(config["scan_guide"])
         )
         if "label_network" in config:
             labels = config["label_network"]

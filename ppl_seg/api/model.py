@@ -41,7 +41,7 @@ from ppl_seg.inference.recipes import Recipe, build_recipe, changed_recipe, reci
 from ppl_seg.inference.store import save_model, tensor_bytes
 from ppl_seg.inference.trainer import resolve_device
 from ppl_seg.inference.training_options import derived_seed
-from ppl_seg.models.guided_intensity import mask_log_factor, with_label_factor, with_log_factor
+from ppl_seg.models.guided_intensity import outside_log_factor, with_label_factor, with_log_factor
 from ppl_seg.models.intensity import IntensityParameters
 from ppl_seg.models.normalisation import normalise
 from ppl_seg.models.segmentation import SegmentationModel
@@ -421,13 +421,12 @@ class Model:
             network = self.label_network.to(scan.device)
             said = log_label_marginals(network, location, scan, observed)
             total = torch.where(seen, said, 0.0)
-        if not recipe.mask_background:
-            return (None, None) if said is None else (said[0], (total, seen))
-        mask = mask_log_factor(seen, len(location), recipe.mask_background)
+        said = None if said is None else said[0]
+        if recipe.mask_background == 1:
+            return said, None if said is None else (total, seen)
         near = location[0].exp() < NEAR_BRAIN
         counts = seen | (near if inside is None else near & inside.to(near.device))
-        within = mask_log_factor(torch.ones_like(seen), len(location), recipe.mask_background)
-        return (within if said is None else within + said)[0], (total + mask, counts)
+        return said, (total + outside_log_factor(seen, len(location), recipe.mask_background), counts)
 
     def _start(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..guides.deformations import DeformationGuide
-from ..guides.encoders import ConvolutionalEncoder
+from ..guides.encoders import ConvolutionalEncoder, FieldEncoder
 from ..guides.families import build_family
 from ..guides.label_maps import LabelMapGuide
 from ..guides.scans import ScanGuide
@@ -22,7 +23,7 @@ from ..models.warped_atlas import WarpedAtlas
 from .objectives import OBJECTIVES
 from .recipes import Recipe
 
-START_SCALE = 0.2  # sd of q(z|s) before training
+START_SCALE = 0.2  # sd of q(z|s) before training, and of q(z|x) of an atlas
 
 WARP = "warp"  # in the place of a decoder's name
 
@@ -63,10 +64,19 @@ def build_label_map_guide(
     return LabelMapGuide(encoder, distribution, num_labels)
 
 
-def build_scan_guide(family: str, latent_dim: int, channels: int, grid: Sequence[int], **options: Any) -> ScanGuide:
+def build_scan_guide(shape_prior: LabelPrior, family: str, channels: int, **options: Any) -> ScanGuide:
     """q(z|x); the encoder sees the scan and what of it is observed."""
-    distribution = build_family(family, latent_dim)
-    return ScanGuide(ConvolutionalEncoder(2 * channels, grid, distribution.num_parameters, **options), distribution)
+    distribution = build_family(family, shape_prior.latent_dim)
+    if isinstance(shape_prior, WarpedAtlas):
+        fields = distribution.num_parameters // math.prod(shape_prior.control_grid)
+        field_encoder = FieldEncoder(2 * channels, shape_prior.control_grid, fields, **options)
+        start = distribution.raw_at(torch.zeros(shape_prior.latent_dim), START_SCALE)
+        with torch.no_grad():
+            field_encoder.to_raw.get_parameter("bias").copy_(start.view(fields, -1)[:, 0])
+        encoder: nn.Module = field_encoder
+    else:
+        encoder = ConvolutionalEncoder(2 * channels, shape_prior.grid, distribution.num_parameters, **options)
+    return ScanGuide(encoder, distribution)
 
 
 def freeze(module: AnyModule) -> AnyModule:
@@ -90,7 +100,7 @@ def build_segmentation_model(
     num_labels = shape_prior.num_labels
     classes = list(range(num_labels)) if recipe.classes == "labels" else list(class_of_label)
     components = [recipe.background_components] + [recipe.components] * max(classes)
-    intensity = IntensityModel(classes, components, channels)
+    intensity = IntensityModel(classes, components, channels, recipe.mask_background)
     if recipe.shape == "location":
         location = shape_prior.log_location_prior.exp()
         shape_prior = build_shape_prior(location, "location", 1)

@@ -48,7 +48,7 @@ class Recipe:
     maps: MapOptions | None = field(default_factory=MapOptions)
     pseudo: PseudoCounts = field(default_factory=PseudoCounts)
     likelihood_power: float = 0.05
-    mask_background: float = 0.0
+    mask_background: float = 1.0
     readout_power: float = 1.0
     readout: Literal["marginals", "decoder"] = "marginals"
     em_iterations: int = 8

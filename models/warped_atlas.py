@@ -40,6 +40,7 @@ class WarpedAtlas(LabelPrior):
         grid = tuple(location_prior.shape[1:])
         coarse = tuple(-(-n // control) for n in grid)
         super().__init__(location_prior, len(grid) * math.prod(coarse))
+        self._kept: tuple[tuple[int, int], Tensor] | None = None
         self.control_grid, self.flow_grid = coarse, tuple(-(-n // 2) for n in grid)
         dtype = location_prior.dtype
         for axis, (c, fine) in enumerate(zip(coarse, self.flow_grid, strict=True)):
@@ -98,10 +99,18 @@ class WarpedAtlas(LabelPrior):
         places = self.places(z.reshape(-1, z.shape[-1]), voxels)  # (·, d, n)
         edge = torch.tensor(self.grid, dtype=z.dtype, device=z.device)[:, None]
         there = ((2 * places + 1) / edge - 1).flip(1).mT.unflatten(1, (*[1] * (dims - 1), -1))
-        atlas = self.log_location_prior.exp().expand(len(there), -1, *self.grid)
+        atlas = self._probabilities().expand(len(there), -1, *self.grid)
         warped = functional.grid_sample(atlas, there, padding_mode="border", align_corners=False).flatten(2)
         scores = warped.clamp(min=FLOOR).log() - self.log_location_prior.flatten(1)[:, voxels]
         return scores.view(*z.shape[:-1], *scores.shape[1:])
+
+    def _probabilities(self) -> Tensor:
+        """p_loc; kept, as long as its logarithm stays what it is."""
+        location = self.log_location_prior
+        made = (id(location), location._version)
+        if self._kept is None or self._kept[0] != made:
+            self._kept = (made, location.exp())
+        return self._kept[1]
 
     def label_log_prob(self, z: Tensor, labels: Tensor, voxels: Tensor) -> Tensor:
         """log f_j(s_j) of label positions (n,) at voxels (n,), of one z (D,): (n,); of no other labels."""

@@ -28,7 +28,7 @@ _AROUND = 0.25  # intensity of the darkest voxel of a brain, over that of what s
 _AWAY = 20.0  # mm
 _LEAST_INFORMATION = 0.005  # nats; less is chance
 FEWEST_VOXELS = 16  # along each axis, of what can be registered
-# A registration has failed where, after it (found for right inputs, and for noise, balls and turned scans):
+# A registration has failed where, after it (in brackets what was found for right inputs, and for noise and balls):
 LEAST_OVERLAP = 0.7  # Dice of a brain's mask with the prior's brain is less (right: from 0.91)
 LEAST_COVERAGE = 0.4  # the share of the prior's brain that lies in a head's field of view is less (right: from 0.98)
 # the information is less than so many times that of places 20 mm away (right: brains from 2.2, in real contrasts from

@@ -14,6 +14,8 @@ from ppl_seg.guides.families import FAMILIES, build_family
 from ppl_seg.guides.label_maps import LabelMapGuide
 from ppl_seg.guides.per_scan import PerScanGuide
 from ppl_seg.guides.scans import ScanGuide
+from ppl_seg.inference.networks import build_scan_guide
+from ppl_seg.models.warped_atlas import WarpedAtlas
 
 GRIDS = [(12, 9), (8, 9, 7)]
 
@@ -170,3 +172,18 @@ def test_the_family_keeps_float32_under_bf16_autocast(name: str) -> None:
         kl, z = kl_and_draw()
     torch.testing.assert_close(kl, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(z, expected_z, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_scan_guide_of_an_atlas_starts_at_the_template_and_sees_where_things_are(name: str) -> None:
+    atlas = WarpedAtlas(torch.full((3, 96, 24), 1 / 3), control=3)
+    guide = build_scan_guide(atlas, name, 1, width=4)
+    scan, observed = torch.randn(2, 1, 96, 24), torch.ones(2, 1, 96, 24, dtype=torch.bool)
+    q = guide.posterior(scan, observed)
+    assert not q.mean.any() and float(q.variance.max()) < 0.1
+    torch.nn.init.normal_(guide.scan_encoder.to_raw.weight)  # type: ignore[union-attr, arg-type]
+    changed = scan.clone()
+    changed[:, :, :8] += 3.0
+    moved = (guide.posterior(changed, observed).mean - guide.posterior(scan, observed).mean).detach()
+    moved = moved.unflatten(1, (2, *atlas.control_grid))
+    assert moved[:, :, :2].any() and not moved[:, :, 20:].any()

@@ -9,7 +9,12 @@ from torch import Tensor
 
 from ppl_seg.inference.expectation import label_responsibilities, update_theta
 from ppl_seg.inference.objectives import build_objective
-from ppl_seg.models.guided_intensity import with_label_factor, with_log_factor
+from ppl_seg.models.guided_intensity import (
+    STRUCTURE_OUTSIDE,
+    outside_log_factor,
+    with_label_factor,
+    with_log_factor,
+)
 from tests.reference import likelihood as slow
 from tests.reference.problems import Problem, make_problem
 
@@ -65,3 +70,23 @@ def test_an_even_factor_changes_nothing_but_the_bound_by_a_constant() -> None:
         torch.testing.assert_close(getattr(mine, name), getattr(theirs, name), rtol=1e-11, atol=1e-13)
     constant = problem.observed_flat.any(1).sum() * even.flatten()[0]
     torch.testing.assert_close(bound(problem, even, 1.0), bound(problem, None, 1.0) + constant, rtol=1e-12, atol=0.0)
+
+
+def test_what_a_mask_leaves_out_is_background() -> None:
+    inside = torch.tensor([[[True, False, True]]])
+    factor = outside_log_factor(inside, 3, 0.2)
+    expected = torch.tensor([0.8, STRUCTURE_OUTSIDE, STRUCTURE_OUTSIDE]).log()
+    assert factor.shape == (1, 3, 3)
+    torch.testing.assert_close(factor[0, :, 1], expected)
+    assert not factor[0, :, [0, 2]].any()
+
+
+def test_a_factor_counts_where_it_is_said_to() -> None:
+    problem = make_problem(mask="some")
+    log_u, seen = label_factor(problem), problem.observed.any(1, keepdim=True)
+    model, theta, z = with_label_factor(problem.model()), problem.theta().detach(), problem.z()[None].detach()
+    everywhere = torch.ones_like(seen)
+    found = label_responsibilities(model, z, *with_log_factor(problem.scan, problem.observed, log_u, everywhere), theta)
+    log_f = problem.log_f(z[0])
+    said = torch.where(seen.flatten(2), problem.label_ll(), 0.0) + log_u.flatten(2)
+    torch.testing.assert_close(found, (log_f + said).softmax(1).detach(), rtol=1e-12, atol=1e-14)

@@ -239,3 +239,15 @@ def test_weights_of_half_a_million_voxels_do_not_drown_in_float32() -> None:
     assert float(new.mean) == pytest.approx(float(scan.double().mean()), rel=1e-5)
     assert float(new.sd) == pytest.approx(float(scan.double().std()), rel=1e-3)
     assert math.isclose(float(new.log_weight), 0.0, abs_tol=1e-6)
+
+
+def test_background_is_seldom_observed_behind_a_mask() -> None:
+    problem = make_problem(mask="some")
+    scan, observed, theta = flat(problem)
+    plain = problem.intensity()
+    classes = plain.class_of_label.tolist()
+    behind = IntensityModel(classes, plain.components, plain.channels, background_observed=0.2)
+    difference = behind.label_log_prob(scan, observed, theta) - plain.label_log_prob(scan, observed, theta)
+    expected = torch.zeros_like(difference)
+    expected[:, 0] = torch.where(observed.any(1), math.log(0.2), 0.0)
+    torch.testing.assert_close(difference, expected)

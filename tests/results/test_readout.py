@@ -10,6 +10,7 @@ from ppl_seg.models.decoders import LocationDecoder, build_decoder
 from ppl_seg.models.intensity import IntensityModel, IntensityParameters
 from ppl_seg.models.segmentation import SegmentationModel
 from ppl_seg.models.shape_prior import ShapePrior
+from ppl_seg.models.warped_atlas import WarpedAtlas
 from ppl_seg.results import blocks as results_blocks
 from ppl_seg.results import readout
 from ppl_seg.results.readout import first_argmax, read_out
@@ -209,3 +210,38 @@ def test_the_seed_decides_whatever_the_threads(monkeypatch: pytest.MonkeyPatch) 
         torch.set_num_threads(threads)
     assert torch.equal(drawn[0].draws, drawn[1].draws)  # type: ignore[arg-type]
     assert torch.equal(drawn[0].log_likelihood, drawn[1].log_likelihood)
+
+
+def test_a_warped_atlas_against_the_whole_grid_at_once() -> None:
+    generator = torch.Generator().manual_seed(7)
+    grid = (9, 10, 8)
+    location = (2 * torch.randn(3, *grid, generator=generator, dtype=torch.float64)).softmax(0)
+    atlas = WarpedAtlas(location, control=3, spacing=4.0)
+    model = SegmentationModel(atlas, IntensityModel([0, 1, 1], [2, 1], 1))
+    _, theta = program(grid, False)
+    z = torch.randn(3, atlas.latent_dim, generator=generator, dtype=torch.float64)
+    matrix = np.diag([1.3, 0.9, 1.1, 1.0])
+    matrix[:3, 3] = 0.4, -0.3, 0.2
+    scan, observed = scan_of((11, 9, 9))
+    region = torch.rand(11, 9, 9, generator=generator) > 0.3
+    found = read_out(model, z, theta, scan, observed, matrix, keep_marginals=True, region=region)
+    marginals, _, evidence = slow_read_out(model, z, theta, scan, observed, matrix, region)
+    torch.testing.assert_close(found.marginals, marginals, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(found.log_likelihood, evidence, rtol=1e-8, atol=1e-8)
+
+
+def test_a_power_tempers_what_the_scan_says() -> None:
+    model, theta = program(SHAPE, False)
+    scan, observed = scan_of(SHAPE)
+    z = torch.tensor([[0.3, -0.2]], dtype=torch.float64)
+
+    def marginals(power: float) -> torch.Tensor:
+        found = read_out(model, z, theta, scan, observed, np.eye(4), keep_marginals=True, power=power)
+        assert found.marginals is not None
+        return found.marginals
+
+    f = model.shape_prior.log_label_probs(z[0]).exp()
+    torch.testing.assert_close(marginals(1e-12), f, rtol=1e-8, atol=1e-10)
+    odds = (marginals(1.0) / f).log()
+    tempered = (marginals(0.5) / f).log()
+    torch.testing.assert_close(tempered[1] - tempered[0], 0.5 * (odds[1] - odds[0]), rtol=1e-8, atol=1e-10)

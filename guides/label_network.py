@@ -15,13 +15,7 @@ from torch.nn import functional
 
 from ..models.decoders import Lattice, convolution, enlarge
 
-
-class ChannelNorm(nn.LayerNorm):
-    """Each voxel's channels normalised by themselves: a patch is normalised as the whole grid is."""
-
-    def forward(self, volume: Tensor) -> Tensor:
-        """(B, C, *grid) → the same shape."""
-        return super().forward(volume.movedim(1, -1)).movedim(-1, 1)
+GROUPS = 4  # of the normalised channels
 
 
 class LabelNetwork(nn.Module):
@@ -40,7 +34,7 @@ class LabelNetwork(nn.Module):
         cell, widths = 2**dims, [width * 2**level for level in range(levels)]
 
         def block(inputs: int, outputs: int, stride: int = 1) -> nn.Module:
-            layers = convolution(dims, inputs, outputs, stride), ChannelNorm(outputs), nn.SiLU()
+            layers = convolution(dims, inputs, outputs, stride), nn.GroupNorm(GROUPS, outputs), nn.SiLU()
             return nn.Sequential(*layers)
 
         self.stem = nn.Sequential(block(2 * channels * cell + dims, width), block(width, width))

@@ -41,7 +41,7 @@ from ppl_seg.results.provenance import Stopwatch, run_record
 
 FEWEST_SCANS = 2
 STEPS_OF_LARGE_GRIDS, BATCH_OF_LARGE_GRIDS = 60, 4  # of either training: ten minutes instead of two hours
-LABEL_STEPS_OF_LARGE_GRIDS = 600  # of each round
+LABEL_BATCH_OF_LARGE_GRIDS = 2
 WAY_OUT = "free some, use a larger machine, fewer scans, or a prior with larger --spacing"
 
 
@@ -120,7 +120,7 @@ def fit_scans(
     if steps is None and math.prod(model.grid.shape) > LARGE_GRID:
         few = STEPS_OF_LARGE_GRIDS
         chosen = replace(chosen, sleep_steps=few, steps=few, batch_size=BATCH_OF_LARGE_GRIDS)
-        chosen = replace(chosen, label_steps=LABEL_STEPS_OF_LARGE_GRIDS)
+        chosen = replace(chosen, label_batch_size=LABEL_BATCH_OF_LARGE_GRIDS)
     needed = fit_memory(model, chosen, len(found), len(found[0].paths))
     check_memory("fit", needed, available_memory(where), WAY_OUT)
     model, x, observed = load_scans(model, found, mask, channel_align, view)

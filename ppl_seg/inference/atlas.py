@@ -22,7 +22,6 @@ from .progress import progress_bar
 from .training_log import LogWriter, TrainingLog
 
 ROUNDS = 3
-DRAWS = 2  # of each map's q(z|s), for the M-step
 BLUR = 0.7  # voxels: the maps lie on each other; what is left of their differences is to stay visible
 
 
@@ -48,19 +47,19 @@ def learn_atlas(
     z = atlas.log_location_prior.new_zeros(len(labels), atlas.latent_dim)
     with progress_bar(ROUNDS * len(labels), 0, progress) as show, torch.no_grad():
         for number in range(ROUNDS):
-            coefficients, drawn, bounds = [], [], []
+            coefficients, variance, bounds = [], [], []
             for n in range(len(labels)):
                 one = slice(n, n + 1)
                 posterior, bound = guide.infer(labels[one].long(), observed[one], z[one])
                 coefficients.append(atlas.coefficients(posterior.mean)[0])
-                drawn.append(atlas.coefficients(posterior.sample((DRAWS,))[:, 0]))
+                variance.append(posterior.variance.mean())
                 bounds.append(float(bound))
                 show(number * len(labels) + n + 1, {"bound_per_voxel": bounds[-1]})
-            moved, around = torch.stack(coefficients), torch.stack(drawn, 1)
-            middle = moved.mean(0)  # of the maps, where the template is to lie
-            _learn_spectrum(atlas, around - middle)
-            _learn_template(atlas, atlas.z_of(around - middle), labels, observed)
-            z = atlas.z_of(moved - middle)
+            moved = torch.stack(coefficients)
+            moved -= moved.mean(0)  # the template lies in the middle of its maps
+            _learn_spectrum(atlas, moved, torch.stack(variance).mean())
+            z = atlas.z_of(moved)
+            _learn_template(atlas, z, labels, observed)
             writer.write(
                 {
                     "step": (number + 1) * guide.steps,
@@ -72,10 +71,10 @@ def learn_atlas(
     return log
 
 
-def _learn_spectrum(atlas: WarpedAtlas, coefficients: Tensor) -> None:
-    """Second moments of the coefficients (S, n, d, *control grid), alike for frequencies of one length."""
+def _learn_spectrum(atlas: WarpedAtlas, coefficients: Tensor, variance: Tensor) -> None:
+    """Second moments of the coefficients, of means (n, d, *control grid), alike for frequencies of one length."""
     shells = (atlas.frequency * 2 * max(atlas.grid)).round().long().flatten()
-    moment = coefficients.square().mean((0, 1, 2))
+    moment = coefficients.square().mean((0, 1)) + atlas.velocity_sd.square() * variance
     sums = moment.new_zeros(int(shells.max()) + 1).index_add_(0, shells, moment.flatten())
     mean = sums / torch.bincount(shells).clamp(min=1)
     atlas.velocity_sd.copy_(mean[shells].sqrt().view_as(atlas.velocity_sd))
@@ -85,11 +84,10 @@ def _learn_template(atlas: WarpedAtlas, z: Tensor, labels: Tensor, observed: Ten
     """p_loc from the label maps, each voxel counted where its deformations z (S, n, D) lead to."""
     count = math.prod(atlas.grid)
     counts = z.new_zeros(atlas.num_labels * count)
-    for shapes, label_map, seen in zip(z.unbind(1), labels, observed, strict=True):
+    for shape, label_map, seen in zip(z, labels, observed, strict=True):
         voxels = seen.flatten().nonzero()[:, 0]
         row = label_map.flatten()[voxels].long() * count
-        for shape in shapes:
-            for index, weight in corners_of(atlas.places(shape, voxels), atlas.grid):
-                counts.index_add_(0, row + index, weight / len(shapes))
+        for index, weight in corners_of(atlas.places(shape, voxels), atlas.grid):
+            counts.index_add_(0, row + index, weight)
     frequency = smoothed_frequency(counts.view(atlas.num_labels, *atlas.grid), BLUR)
     atlas.log_location_prior.copy_(frequency.log())

@@ -17,7 +17,7 @@ from ..models.shape_prior import gaussian_blur
 from .task import Batch, Task
 from .tasks import choose
 
-PATCH = 48  # voxels: the longest side of what a training step sees of a scan
+PATCH = 64  # voxels: the longest side of what a training step sees of a scan
 # (scan, observed, targets, box, generator) → the box of each, deformed and recoloured at random.
 ScanAugment = Callable[[Tensor, Tensor, Tensor, Sequence[slice], torch.Generator], tuple[Tensor, Tensor, Tensor]]
 SMALLEST = 1e-8  # probability, in logarithms

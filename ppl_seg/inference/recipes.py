@@ -60,7 +60,7 @@ class Recipe:
     refine_rate: float = 0.1
     per_scan_steps: int = 30
     label_rounds: int = 2
-    label_steps: int = 1000
+    label_steps: int = 600
     label_batch_size: int = 4
     label_rate: float = 2e-3
     label_blur: float = 3.0

@@ -81,7 +81,10 @@ def _learn_spectrum(atlas: WarpedAtlas, coefficients: Tensor, variance: Tensor) 
 
 
 def _learn_template(atlas: WarpedAtlas, z: Tensor, labels: Tensor, observed: Tensor) -> None:
-    """p_loc from the label maps, each voxel counted where its deformations z (S, n, D) lead to."""
+    """p_loc from the label maps, each voxel counted where its deformation z (n, D) leads to.
+
+    At the means of q(z|s): over draws of it the template blurs, and left-out maps are explained worse.
+    """
     count = math.prod(atlas.grid)
     counts = z.new_zeros(atlas.num_labels * count)
     for shape, label_map, seen in zip(z, labels, observed, strict=True):

@@ -113,3 +113,15 @@ def test_what_does_not_go_together(
     code, _, err = run("prior", folder, "--out", tmp_path / "model", *options)
     assert code == 2 and words in err
     assert not (tmp_path / "model").exists()
+
+
+def test_outside_the_mask_is_background(prior: Path, folder: Path, tmp_path: Path) -> None:
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[: SHAPE[0] // 2] = 1
+    nib.save(nib.Nifti1Image(mask, np.diag([2.0, 2, 2, 1])), tmp_path / "sub-04_mask.nii.gz")
+    scan = folder / "sub-04_T1w.nii.gz"
+    result = load_model(prior).segment(scan, mask=tmp_path / "sub-04_mask.nii.gz", draws=3, keep_draws=True)
+    assert result.draws is not None
+    for labels in (result.label_map, *result.draws):
+        assert not labels[mask == 0].any() and labels[mask == 1].any()
+    assert not result.entropy[mask == 0].any()

@@ -16,6 +16,7 @@ from torch import Tensor
 from ppl_seg.api.load import load_model
 from ppl_seg.api.model import Model
 from ppl_seg.api.output import begin_training, claim_model_directory, finish_training, is_finished, say
+from ppl_seg.api.resources import available_memory, check_memory, prior_memory
 from ppl_seg.api.shapes import CLIP_NORM, LATENT_DIM, LEARNING_RATE, Lesson, learn_decoder, learn_warp
 from ppl_seg.api.trust import trust
 from ppl_seg.data.alignment import check_alignment
@@ -27,6 +28,7 @@ from ppl_seg.data.images import Image, describe_spacings, read_label_map
 from ppl_seg.data.labels import LabelTable, apply_map, composed, merge_sides
 from ppl_seg.data.loading import label_positions, labels_on_grid
 from ppl_seg.data.names import parse_name
+from ppl_seg.data.nifti import open_image
 from ppl_seg.data.tables import read_value_map, table_for
 from ppl_seg.errors import InputError
 from ppl_seg.files import file_sha256
@@ -125,6 +127,8 @@ def learn_prior(
         return load_model(out)
     found = find_label_maps(label_maps, Selection(tuple(participants), tuple(sessions)))
     check_output_apart(found, out)
+    needed = prior_memory(sum(math.prod(open_image(path).shape) for file in found for path in file.paths))
+    check_memory("prior", needed, available_memory(where), "free some, or use fewer label maps or coarser ones")
     if out is not None:
         claim_model_directory(out, force, resume)
     watch = Stopwatch()

@@ -24,6 +24,7 @@ _PER_CHANNEL_AND_VOXEL = 24
 _IN_TRAINING = 28  # of each scan of a batch, label and voxel of the grid
 _PER_SCAN_KEPT = 30  # of each scan, channel and voxel of the grid
 _PER_TARGET = 2  # of each scan, label and voxel of the grid
+_PER_MAP_VOXEL = 36  # of label maps
 _OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "bad_alloc", "out of memory")
 
 
@@ -38,6 +39,11 @@ def segment_memory(
     kept = voxels * (9.0 * labels * probabilities + 4.0 * draws * save_draws)
     own = voxels * (_PER_VOXEL + _PER_CHANNEL_AND_VOXEL * channels)
     return _LIBRARIES + own + max(infer, slab + scores + kept)
+
+
+def prior_memory(voxels: int) -> float:
+    """Bytes that reading label maps of so many voxels in all, and bringing them together, takes."""
+    return _LIBRARIES + _PER_MAP_VOXEL * voxels
 
 
 def fit_memory(model: Model, recipe: Recipe, scans: int, channels: int) -> float:

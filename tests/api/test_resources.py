@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ppl_seg.api import resources, run
+from ppl_seg.api import prior, resources, run
 from ppl_seg.api.load import load_model
 from ppl_seg.api.model import Model
 from ppl_seg.api.resources import available_memory, fit_memory, is_out_of_memory, memory_errors, segment_memory
@@ -122,3 +122,12 @@ def test_an_error_says_what_is_needed(scan: Path, tmp_path: Path, monkeypatch: p
     with pytest.raises(RuntimeError, match="shapes"):
         with memory_errors("fit", 2.5e9, "use less"):
             raise RuntimeError("shapes")
+
+
+def test_label_maps_that_do_not_fit_are_refused_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(3):
+        nib.save(nib.Nifti1Image(np.ones((8, 8, 6), np.int16), np.eye(4)), tmp_path / f"sub-{number}_dseg.nii.gz")
+    monkeypatch.setattr(prior, "available_memory", lambda device: 0.5e9)
+    with pytest.raises(InputError, match=r"prior: about 0.6 GB of memory are needed, 0.5 GB are free"):
+        prior.learn_prior([tmp_path], out=tmp_path / "model")
+    assert not (tmp_path / "model").exists()

@@ -101,7 +101,7 @@ class WarpedAtlas(LabelPrior):
         there = ((2 * places + 1) / edge - 1).flip(1).mT.unflatten(1, (*[1] * (dims - 1), -1))
         atlas = self._probabilities().expand(len(there), -1, *self.grid)
         warped = functional.grid_sample(atlas, there, padding_mode="border", align_corners=False).flatten(2)
-        scores = warped.clamp(min=FLOOR).log() - self.log_location_prior.flatten(1)[:, voxels]
+        scores = warped.clamp(min=FLOOR).log().sub_(self.log_location_prior.flatten(1)[:, voxels])
         return scores.view(*z.shape[:-1], *scores.shape[1:])
 
     def _probabilities(self) -> Tensor:

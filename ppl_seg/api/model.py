@@ -372,7 +372,7 @@ class Model:
 
         Args:
             recipe: adapted to the field of view. refine: gradient steps; None takes the recipe's.
-            encoded: q(z) in place of its inference. amortised: start from q(z|x), where there is one.
+            encoded: q(z) in place of its inference. amortised: with the q(z|x) and the background maps of a fit.
             inside: bool, (*grid), the image's field of view; None, all of the grid.
 
         Raises:
@@ -381,7 +381,7 @@ class Model:
         device = scan.device
         model = self.program(recipe, scan.shape[1]).to(device)
         fitted = self.scan_guide is not None and recipe.shape == "prior"
-        maps = self.theta.background_log_weight if fitted and self.theta is not None else None
+        maps = self.theta.background_log_weight if fitted and amortised and self.theta is not None else None
         maps = None if maps is None or recipe.maps is None else maps.to(device)
         program, data = model, (scan, observed)
         log_factor, evidence = self._evidence(recipe, scan, observed, inside, fitted)

@@ -35,7 +35,7 @@ def segment_memory(
     labels, grid = len(model.table), math.prod(model.grid.shape)
     infer = _PER_LABEL_AND_GRID_VOXEL * labels * grid
     slab = 4.0 * min(share * SLAB, labels * voxels)
-    scores = 8.0 * min(share * SCORES, draws * labels * grid)
+    scores = 12.0 * min(share * SCORES, draws * labels * grid)
     kept = voxels * (9.0 * labels * probabilities + 4.0 * draws * save_draws)
     own = voxels * (_PER_VOXEL + _PER_CHANNEL_AND_VOXEL * channels)
     return _LIBRARIES + own + max(infer, slab + scores + kept)

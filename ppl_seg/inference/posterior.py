@@ -48,10 +48,10 @@ class Posterior:
             with pyro.plate("scans", scan.shape[0], dim=-1):
                 pyro.sample("z", self.q)
 
-        with torch.no_grad():
-            return -float(
-                build_objective(objective, num_particles=draws).loss(model, guide, scan, observed, self.theta)
-            )
+        elbo = build_objective(objective)
+        with torch.no_grad():  # a draw at a time: many label scores of a whole brain at once take gigabytes
+            losses = [float(elbo.loss(model, guide, scan, observed, self.theta)) for _ in range(draws)]
+        return -sum(losses) / draws
 
     def kl(self, model: SegmentationModel) -> Tensor:
         """KL(q ‖ p), (B,)."""

@@ -124,7 +124,7 @@ def fit_scans(
     needed = fit_memory(model, chosen, len(found), len(found[0].paths))
     check_memory("fit", needed, available_memory(where), WAY_OUT)
     model, x, observed = load_scans(model, found, mask, channel_align, view)
-    chosen = recipe_for_field(chosen, model.field_of_view)
+    chosen = recipe_for_field(chosen, model.field_of_view, math.prod(model.grid.spacing))
     model = replace(model, recipe=chosen, channels=x.shape[1])
     watch.lap("read and align")
     if out is not None:

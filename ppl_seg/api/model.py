@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -351,7 +352,7 @@ class Model:
     def adapted_recipe(self, recipe: Recipe) -> Recipe:
         """A recipe as it is used for this model's field of view; a fit's own was adapted when it was fitted."""
         own = self.scan_guide is not None and recipe.name == self.recipe.name
-        return recipe if own else recipe_for_field(recipe, self.field_of_view)
+        return recipe if own else recipe_for_field(recipe, self.field_of_view, math.prod(self.grid.spacing))
 
     def options(self, recipe: Recipe, **others: Any) -> dict[str, Any]:
         """What decides on a result besides the scan and the model: for provenance, and to skip what is done."""

@@ -11,7 +11,7 @@ from ..models.intensity import PseudoCounts
 from .expectation import MapOptions
 from .objectives import OBJECTIVES
 
-BRAIN_POWER = 0.01  # β of brains on a grid of 2 mm, where the default's would be that of small crops
+BRAIN_POWER = 0.00125  # β of brains, for each mm³ of a voxel: 0.01 on a grid of 2 mm
 
 
 @dataclass(frozen=True)
@@ -141,18 +141,23 @@ def changed_recipe(recipe: Recipe, name: str | None = None, **changes: Any) -> R
     return changed
 
 
-def recipe_for_field(recipe: Recipe, field_of_view: str) -> Recipe:
+def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float) -> Recipe:
     """The recipe for label maps of a brain, a head or a crop.
 
     A crop's box says where its structures are, and its scans are of the label maps' kind: on average they agree with
     the location prior. Whole brains differ with age, and their label maps are often others'.
     Around a brain without its head lies one kind of background, fluid: maps of it take from the structures instead.
     Structures of whole brains are of more than one brightness: partial volume, nuclei, lesions.
+    What is left unexplained has a size in mm³, so that voxels count by theirs.
+
+    Args:
+        voxel_volume: of the prior's grid, mm³.
     """
     if field_of_view != "crop":
         recipe = replace(recipe, label_blur=0.0)
     if field_of_view != "brain" or recipe.classes == "labels":
         return recipe
+    usual = recipe.likelihood_power == Recipe.likelihood_power
     return replace(
         recipe,
         maps=None,
@@ -160,5 +165,5 @@ def recipe_for_field(recipe: Recipe, field_of_view: str) -> Recipe:
         components=2,
         mask_background=0.2,
         readout_power=0.5,
-        likelihood_power=BRAIN_POWER if recipe.likelihood_power == Recipe.likelihood_power else recipe.likelihood_power,
+        likelihood_power=min(1.0, BRAIN_POWER * voxel_volume) if usual else recipe.likelihood_power,
     )

@@ -5,17 +5,18 @@ from __future__ import annotations
 from functools import cache
 from importlib.resources import files
 
-# Structures that look alike in every contrast get one class, left and right always. Longest stem first, so
-# that "inf-lat-vent" is not taken for something shorter; a name that starts with a stem counts too
-# ("Hippocampus-CA1").
+# Structures that look alike in every contrast get one class, left and right always. The caudate, which lies along the
+# ventricle, needs others to tell what it looks like: where ventricles are large, a class of its own learns fluid.
+# Longest stem first, so that "inf-lat-vent" is not taken for something shorter; a name that starts with a stem
+# counts too ("Hippocampus-CA1").
 _CLASS_OF_STEM = {
     "cerebral-white-matter": "white-matter",
     "corpus-callosum": "white-matter",
     "wm-lh": "white-matter",
     "wm-rh": "white-matter",
     "cc": "white-matter",
-    "cerebral-cortex": "cortex",
-    "ctx": "cortex",
+    "cerebral-cortex": "grey-matter",
+    "ctx": "grey-matter",
     "lateral-ventricle": "csf",
     "lateral-ventricles": "csf",
     "inf-lat-vent": "csf",
@@ -27,12 +28,12 @@ _CLASS_OF_STEM = {
     "cerebellum-cortex": "cerebellum-cortex",
     "vermis": "cerebellum-cortex",
     "thalamus": "thalamus",
-    "caudate": "caudate",
+    "caudate": "grey-matter",
     "putamen": "putamen",
     "pallidum": "pallidum",
     "hippocampus": "hippocampus-amygdala",
     "amygdala": "hippocampus-amygdala",
-    "accumbens": "accumbens",
+    "accumbens": "grey-matter",
     "ventraldc": "ventral-dc",
     "brain-stem": "brain-stem",
     "optic-chiasm": "optic-chiasm",

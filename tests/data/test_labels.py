@@ -27,7 +27,8 @@ def test_background_is_first_and_added():
 def test_freesurfer_classes():
     assert class_of_name("Left-Hippocampus") == class_of_name("right-amygdala") == "hippocampus-amygdala"
     assert class_of_name("Hippocampus-Anterior") == class_of_name("Left-Hippocampus-CA1") == "hippocampus-amygdala"
-    assert class_of_name("LEFT_CEREBRAL_CORTEX") == class_of_name("ctx-lh-insula") == "cortex"
+    assert class_of_name("LEFT_CEREBRAL_CORTEX") == class_of_name("ctx-lh-insula") == "grey-matter"
+    assert class_of_name("Left-Caudate") == class_of_name("Right-Accumbens-area") == "grey-matter"
     assert class_of_name("CC_Posterior") == class_of_name("Right-Cerebral-White-Matter") == "white-matter"
     assert class_of_name("Left-Thalamus-Proper") == "thalamus"
     assert class_of_name("Left-Accumbens-area") == "accumbens"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,9 @@ def infer_targets(model: Model, scans: Tensor, observed: Tensor, seed: int) -> T
             torch.manual_seed(derived_seed(seed, i, "scan"))
             one = scans[i : i + 1], observed[i : i + 1]
             each = [
-                model.infer(recipe, *one, amortised=start).label_marginals(DRAWS, recipe.readout_power)
+                model.infer(recipe, *one, amortised=start).label_marginals(
+                    DRAWS, recipe.power_at(math.prod(model.grid.spacing))
+                )
                 for start in starts
             ]
             found.append((sum(each[1:], each[0]) / len(each)).half())

@@ -287,7 +287,7 @@ class Model:
                 region.to(where),
                 share,
                 found.log_factor,
-                chosen.readout_power,
+                chosen.power_at(own.image.voxel_volume),
             )
         positions = result.labels.cpu().numpy()
         quality = label_quality(positions, result.confidence.cpu().numpy(), len(self.table))

@@ -29,3 +29,10 @@ def test_brains_get_constant_background_weights_and_two_gaussians() -> None:
 
 def test_the_notes_model_stays_what_it_is() -> None:
     assert recipe_for_field(build_recipe("notes"), "brain", 8.0) == build_recipe("notes", label_blur=0.0)
+
+
+def test_larger_voxels_are_believed_more_up_to_the_model_as_written() -> None:
+    brain = recipe_for_field(build_recipe("default"), "brain", 8.0)
+    powers = [brain.power_at(side**3) for side in (0.5, 1.0, 2.0, 4.0, 8.0)]
+    assert powers == pytest.approx([0.5 * 0.5**0.5, 0.5, 0.5 * 2**0.5, 1.0, 1.0])
+    assert build_recipe("default").power_at(0.001) == 1.0

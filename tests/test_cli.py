@@ -32,7 +32,7 @@ SCANS |= {"--channel-align", "--brain", "--head"}
 OPTIONS = {
     "prior": TRAINING
     | SELECTION
-    | {"--out", "--labels", "--map", "--merge-sides", "--spacing", "--align", "--latent-dim", "--guide"}
+    | {"--out", "--labels", "--map", "--merge-sides", "--spacing", "--align", "--shape", "--latent-dim", "--guide"}
     | {"--objective", "--steps"},
     "fit": TRAINING | SCANS | {"--trust", "--prior", "--out", "--recipe", "--intensity", "--steps", "--label-rounds"},
     "segment": (TRAINING - {"--precision", "--resume"})
@@ -82,7 +82,7 @@ def test_prior_passes_everything_on(run: Run, fake: FakeApi, tmp_path: Path) -> 
     options = (
         "--labels l.tsv --map m.tsv --merge-sides --spacing 2 --align none --latent-dim 8 --guide low-rank "
         "--objective trace --steps 5 --seed 3 --device cpu --precision bf16 --resume --force "
-        "--participant-label sub-01,02 --participant-label 3 --session-label ses-1"
+        "--participant-label sub-01,02 --participant-label 3 --session-label ses-1 --shape convolutional"
     )
     code, out, err = run("prior", "a.nii.gz", "b.nii.gz", "--out", tmp_path / "p", *options.split())
     assert (code, out.strip(), err) == (0, str(tmp_path / "p"), "")
@@ -92,7 +92,7 @@ def test_prior_passes_everything_on(run: Run, fake: FakeApi, tmp_path: Path) -> 
             ["a.nii.gz", "b.nii.gz"],
             {
                 "out": tmp_path / "p", "labels": Path("l.tsv"), "value_map": Path("m.tsv"),
-                "merge_sides": True, "spacing": 2.0, "align": "none", "latent_dim": 8, "guide": "low-rank",
+                "merge_sides": True, "spacing": 2.0, "align": "none", "shape": "convolutional", "latent_dim": 8, "guide": "low-rank",
                 "participants": ("sub-01", "02", "3"), "sessions": ("ses-1",), "objective": "trace", "steps": 5,
                 "seed": 3, "device": "cpu", "precision": "bf16",
                 "resume": True, "force": True, "progress": False,

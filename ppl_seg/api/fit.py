@@ -36,6 +36,7 @@ from ppl_seg.inference.trainer import TrainingLog, TrainingOptions, fit, resolve
 from ppl_seg.inference.training_options import LARGE_GRID
 from ppl_seg.models.intensity import IntensityParameters
 from ppl_seg.models.segmentation import SegmentationModel
+from ppl_seg.models.warped_atlas import WarpedAtlas
 from ppl_seg.results.charts import training_figure
 from ppl_seg.results.provenance import Stopwatch, run_record
 
@@ -124,7 +125,8 @@ def fit_scans(
     needed = fit_memory(model, chosen, len(found), len(found[0].paths))
     check_memory("fit", needed, available_memory(where), WAY_OUT)
     model, x, observed = load_scans(model, found, mask, channel_align, view)
-    chosen = recipe_for_field(chosen, model.field_of_view, math.prod(model.grid.spacing))
+    warped = isinstance(model.shape_prior, WarpedAtlas)
+    chosen = recipe_for_field(chosen, model.field_of_view, math.prod(model.grid.spacing), warped)
     model = replace(model, recipe=chosen, channels=x.shape[1])
     watch.lap("read and align")
     if out is not None:

@@ -75,7 +75,7 @@ def learn_label_network(
             progress=progress,
         )
         model = replace(model, label_network=freeze(network.cpu()))
-        rounds.append({"agreement": agreement, "seconds": log.seconds, **log.last_terms()})
+        rounds.append({"agreement": agreement, **log.last_terms()})
         say([f"label guide, round {number}: {agreement:.3f} of the structures' voxels as before"])
     return model, rounds
 

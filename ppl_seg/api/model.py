@@ -47,6 +47,7 @@ from ppl_seg.models.intensity import IntensityParameters
 from ppl_seg.models.normalisation import normalise
 from ppl_seg.models.segmentation import SegmentationModel
 from ppl_seg.models.shape_prior import LabelPrior
+from ppl_seg.models.warped_atlas import WarpedAtlas
 from ppl_seg.results.provenance import Stopwatch
 from ppl_seg.results.readout import read_out
 from ppl_seg.results.segmentation import Segmentation
@@ -352,7 +353,10 @@ class Model:
     def adapted_recipe(self, recipe: Recipe) -> Recipe:
         """A recipe as it is used for this model's field of view; a fit's own was adapted when it was fitted."""
         own = self.scan_guide is not None and recipe.name == self.recipe.name
-        return recipe if own else recipe_for_field(recipe, self.field_of_view, math.prod(self.grid.spacing))
+        if own:
+            return recipe
+        warped = isinstance(self.shape_prior, WarpedAtlas)
+        return recipe_for_field(recipe, self.field_of_view, math.prod(self.grid.spacing), warped)
 
     def options(self, recipe: Recipe, **others: Any) -> dict[str, Any]:
         """What decides on a result besides the scan and the model: for provenance, and to skip what is done."""

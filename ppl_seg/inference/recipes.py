@@ -149,7 +149,7 @@ def changed_recipe(recipe: Recipe, name: str | None = None, **changes: Any) -> R
     return changed
 
 
-def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float) -> Recipe:
+def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float, warped: bool = False) -> Recipe:
     """The recipe for label maps of a brain, a head or a crop.
 
     A crop's box says where its structures are, and its scans are of the label maps' kind: on average they agree with
@@ -160,6 +160,7 @@ def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float) ->
 
     Args:
         voxel_volume: of the prior's grid, mm³.
+        warped: the prior is an atlas that is deformed, and would shrink from its mask.
     """
     if field_of_view != "crop":
         recipe = replace(recipe, label_blur=0.0)
@@ -171,7 +172,7 @@ def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float) ->
         maps=None,
         background_components=2,
         components=2,
-        mask_background=0.2,
+        mask_background=0.2 if warped else recipe.mask_background,
         readout_power=0.5,
         likelihood_power=min(1.0, BRAIN_POWER * voxel_volume) if usual else recipe.likelihood_power,
     )

@@ -92,7 +92,8 @@ def test_prior_passes_everything_on(run: Run, fake: FakeApi, tmp_path: Path) -> 
             ["a.nii.gz", "b.nii.gz"],
             {
                 "out": tmp_path / "p", "labels": Path("l.tsv"), "value_map": Path("m.tsv"),
-                "merge_sides": True, "spacing": 2.0, "align": "none", "shape": "convolutional", "latent_dim": 8, "guide": "low-rank",
+                "merge_sides": True, "spacing": 2.0, "align": "none", "shape": "convolutional",
+                "latent_dim": 8, "guide": "low-rank",
                 "participants": ("sub-01", "02", "3"), "sessions": ("ses-1",), "objective": "trace", "steps": 5,
                 "seed": 3, "device": "cpu", "precision": "bf16",
                 "resume": True, "force": True, "progress": False,

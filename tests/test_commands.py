@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -224,8 +225,11 @@ def test_ctrl_c(study: Study, tmp_path: Path) -> None:
     try:
         while "label maps" not in process.stderr.readline():
             assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=120)[1] == "ppl-seg: interrupted\n"
+        for _ in range(6):  # what falls into C code may be swallowed there, on a busy machine; people press again
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                assert process.communicate(timeout=20)[1] == "ppl-seg: interrupted\n"
+                break
         assert process.returncode == 130
     finally:
         process.kill()

@@ -220,7 +220,13 @@ def test_a_prior_of_few_maps(study: Study, run: Run, tmp_path: Path) -> None:
 
 def test_ctrl_c(study: Study, tmp_path: Path) -> None:
     arguments = ("prior", str(study.maps), "--out", str(tmp_path / "out"), "--steps", "100000", "--threads", "1")
-    process = subprocess.Popen([sys.executable, "-m", "ppl_seg", *arguments], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ppl_seg", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        # what a shell starts in the background ignores it, and so would this
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stderr is not None
     try:
         while "label maps" not in process.stderr.readline():

@@ -8,7 +8,7 @@ from pyro import distributions as dist
 from pyro.nn import PyroModule
 from torch import Tensor
 
-from ..models.decoders import Lattice
+from ..models.decoders import Lattice, random_lattice
 from ..models.warped_atlas import WarpedAtlas
 from .families import Family, kl_to_prior
 
@@ -55,7 +55,7 @@ class DeformationGuide(PyroModule):
             for step in range(self.steps):
                 for group in optimizer.param_groups:
                     group["lr"] = RATE * (1 - 0.9 * step / self.steps)
-                voxels = index[_lattice(atlas.grid)].flatten()
+                voxels = index[random_lattice(atlas.grid, STRIDE)].flatten()
                 share = len(voxels) / len(labels)
                 voxels = voxels[observed[voxels]]
                 posterior = self.family(raw)
@@ -76,8 +76,3 @@ class DeformationGuide(PyroModule):
         with pyro.plate("scans", labels.shape[0], dim=-1):
             z: Tensor = pyro.sample("z", self.posterior(labels, observed))
         return z
-
-
-def _lattice(grid: tuple[int, ...]) -> Lattice:
-    steps = [min(STRIDE, n) for n in grid]
-    return tuple(slice(int(torch.randint(step, ())), None, step) for step in steps)

@@ -54,6 +54,12 @@ def enlarge(volume: Tensor, shape: Sequence[int], lattice: Lattice | None = None
     return volume
 
 
+def random_lattice(grid: Sequence[int], stride: int, generator: torch.Generator | None = None) -> Lattice:
+    """Every so-manyth voxel along each axis, from a random first one."""
+    steps = [min(stride, n) for n in grid]
+    return tuple(slice(int(torch.randint(step, (), generator=generator)), None, step) for step in steps)
+
+
 class ConvolutionalDecoder(nn.Module):
     """A linear map to a coarse grid, then convolutions between doublings up to 1/2**finest of the grid.
 

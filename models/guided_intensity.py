@@ -39,11 +39,11 @@ class GuidedIntensity(IntensityModel):
         """As the intensities alone have it."""
         return self.intensity.component_log_joint(*self.own(scan, observed), theta)
 
-    def label_log_prob(self, scan: Tensor, observed: Tensor, theta: IntensityParameters) -> Tensor:
-        """ℓ_jm + log u_jm, (B, M, J); nothing where nothing is observed."""
+    def label_log_prob(self, scan: Tensor, observed: Tensor, theta: IntensityParameters, power: float = 1.0) -> Tensor:
+        """power · ℓ_jm + log u_jm, (B, M, J); nothing where nothing is observed."""
         first = self.intensity.channels
         said = torch.where(observed[:, first:], scan[:, first:], 0.0)
-        return self.intensity.label_log_prob(*self.own(scan, observed), theta) + said
+        return self.intensity.label_log_prob(*self.own(scan, observed), theta, power) + said
 
     def m_step(
         self,

@@ -154,14 +154,15 @@ class IntensityModel(nn.Module):
         ]
         return torch.stack(classes, 1)
 
-    def label_log_prob(self, scan: Tensor, observed: Tensor, theta: IntensityParameters) -> Tensor:
-        """ℓ_jm = log p(x_j | s_j = m), (B, M, J), with the background's chance of being observed."""
+    def label_log_prob(self, scan: Tensor, observed: Tensor, theta: IntensityParameters, power: float = 1.0) -> Tensor:
+        """power · ℓ_jm = power · log p(x_j | s_j = m), (B, M, J), with the background's chance of being observed."""
         of_class = self.class_log_prob(scan, observed, theta)
+        of_class = of_class if power == 1 else power * of_class
         of_label = of_class if self.one_label_per_class else of_class[:, self.class_of_label]
         if self.background_observed == 1:
             return of_label
         seen = observed.any(1).to(of_label.dtype)
-        background = of_label[:, :1] + math.log(self.background_observed) * seen[:, None]
+        background = of_label[:, :1] + power * math.log(self.background_observed) * seen[:, None]
         return torch.cat([background, of_label[:, 1:]], 1)
 
     def class_sums(self, label_values: Tensor) -> Tensor:

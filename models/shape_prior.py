@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import pyro
 import torch
@@ -16,7 +17,7 @@ from .label_field import LabelField
 from .voxels import Voxels, take
 
 
-class LabelPrior(nn.Module):
+class LabelPrior(nn.Module, ABC):
     """p(z) = N(0, I) and p(s|z): f = softmax_m(scores(z) + log p_loc). Subclasses say what the scores are.
 
     Args:
@@ -56,9 +57,9 @@ class LabelPrior(nn.Module):
         zero = self.log_location_prior.new_zeros(self.latent_dim)
         return dist.Normal(zero, torch.ones_like(zero)).to_event(1)
 
+    @abstractmethod
     def label_scores(self, z: Tensor, lattice: Lattice | None = None) -> Tensor:
         """Scores, (..., M, *grid), or on the lattice's voxels alone."""
-        raise NotImplementedError
 
     def flat_scores(self, z: Tensor, voxels: Voxels) -> Tensor:
         """Scores at some voxels, (..., M, n)."""

@@ -255,7 +255,7 @@ class Benchmark:
 
 def bound_of(result: Any) -> float:
     """β E_q[log p(x|z)] − KL(q ‖ p), over all draws, per observed voxel: less noisy than one draw's."""
-    power = result.provenance["options"]["recipe"]["likelihood_power"]
+    power = result.provenance["likelihood_power"]
     expected = power * float(result.sample_stats["log_evidence"].mean())
     return (expected - float(result.bound["kl"])) / int(result.observed.any(0).sum())
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ppl_seg.api.model import Model
 from ppl_seg.api.output import LABELS, say
+from ppl_seg.api.scan_inference import infer_scan
 from ppl_seg.data.scan_augmentation import augmentation
 from ppl_seg.guides.label_network import build_label_network
 from ppl_seg.inference.label_training import LabelCrossEntropy, LabelTask, match_location
@@ -94,7 +95,7 @@ def infer_targets(model: Model, scans: Tensor, observed: Tensor, seed: int) -> T
             torch.manual_seed(derived_seed(seed, i, "scan"))
             one = scans[i : i + 1], observed[i : i + 1]
             each = [
-                model.infer(recipe, *one, amortised=start).label_marginals(
+                infer_scan(model, recipe, *one, amortised=start).label_marginals(
                     DRAWS, recipe.power_at(math.prod(model.grid.spacing))
                 )
                 for start in starts

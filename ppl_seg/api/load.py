@@ -161,7 +161,8 @@ def _options(part: Mapping[str, Any]) -> dict[str, int]:
 
 def _recipe(values: Mapping[str, Any]) -> Recipe:
     """A recipe whose values have the types of the default's, and whose numbers are of a sane size."""
-    recipe, plain = Recipe.from_dict(dict(values)), Recipe().to_dict()
+    recipe, usual = Recipe.from_dict(dict(values)), Recipe()
+    plain = {**usual.to_dict(), "likelihood_power": usual.beta}
 
     def check(name: str, value: Any, like: Any) -> None:
         if isinstance(value, Mapping) and isinstance(like, Mapping):
@@ -174,7 +175,7 @@ def _recipe(values: Mapping[str, Any]) -> Recipe:
         elif not isinstance(value, type(like)) and value is not None:
             raise ValueError(f"recipe: {name} is {value!r}, expected something like {like!r}")
 
-    check("recipe", recipe.to_dict(), plain)
+    check("recipe", {**recipe.to_dict(), "likelihood_power": recipe.beta}, plain)
     try:
         return changed_recipe(recipe)
     except InputError as error:  # it speaks of options; these come from the file

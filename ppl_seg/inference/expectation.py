@@ -48,7 +48,7 @@ def label_responsibilities(
 
     Args:
         model: the program. z: draws, (S, B, D); None stands for f = p_loc. scan, observed: (B, C, *grid).
-        theta: at the old values. voxels: which, flat; J is their number. power: of the likelihood within r.
+        theta: at the old values. voxels: which, flat; J is their number. power: of p(x|s) within r.
     """
     flat, seen = flatten(scan, observed)
     theta = theta.at(voxels)
@@ -56,7 +56,7 @@ def label_responsibilities(
     with torch.no_grad():
         joint = location
         if factor == "posterior":
-            joint = location + power * model.intensity.label_log_prob(take(flat, voxels), take(seen, voxels), theta)
+            joint = location + model.intensity.label_log_prob(take(flat, voxels), take(seen, voxels), theta, power)
         if z is None:
             return joint.softmax(-2).expand(scan.shape[0], -1, -1)
         total: Tensor | float = 0.0

@@ -107,7 +107,7 @@ def build_segmentation_model(
     freeze(shape_prior)
     form = OBJECTIVES[recipe.objective].form  # type: ignore[attr-defined]
     shared_intensity = None if shared is None else SharedIntensity(intensity, shared)
-    return SegmentationModel(shape_prior, intensity, recipe.likelihood_power, form, shared_intensity)
+    return SegmentationModel(shape_prior, intensity, recipe.beta, form, shared_intensity)
 
 
 def with_prefix(module: nn.Module | None, prefix: str) -> dict[str, Tensor]:

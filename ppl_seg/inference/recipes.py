@@ -11,6 +11,7 @@ from ..models.intensity import PseudoCounts
 from .expectation import MapOptions
 from .objectives import OBJECTIVES
 
+USUAL_POWER = 0.05  # β, where nothing else is said
 BRAIN_POWER = 0.00125  # β of brains, for each mm³ of a voxel: 0.01 on a grid of 2 mm
 
 
@@ -25,7 +26,7 @@ class Recipe:
         classes: intensity classes from the label `table`, or a class for every one of the `labels`.
         background_components, components: Gaussians of the background's class and of every other class.
         maps: how background weight maps are learned; None for constant weights.
-        pseudo: conjugate penalty of θ. likelihood_power: β.
+        pseudo: conjugate penalty of θ. likelihood_power: β; None by the field of view, see `beta`.
         readout: `marginals`, argmax of the label marginals; `decoder`, argmax of f.
         em_iterations: EM steps of θ under the location prior, before z is inferred; 0 leaves θ at its start.
         sleep_steps, steps: training steps of q(z|x) on simulated and on real scans.
@@ -47,7 +48,7 @@ class Recipe:
     components: int = 1
     maps: MapOptions | None = field(default_factory=MapOptions)
     pseudo: PseudoCounts = field(default_factory=PseudoCounts)
-    likelihood_power: float = 0.05
+    likelihood_power: float | None = None
     mask_background: float = 1.0
     readout_power: float = 1.0
     readout: Literal["marginals", "decoder"] = "marginals"
@@ -64,6 +65,11 @@ class Recipe:
     label_batch_size: int = 4
     label_rate: float = 2e-3
     label_blur: float = 3.0
+
+    @property
+    def beta(self) -> float:
+        """β, as the program takes it."""
+        return USUAL_POWER if self.likelihood_power is None else self.likelihood_power
 
     def power_at(self, voxel_volume: float) -> float:
         """κ for voxels of so many mm³.
@@ -85,7 +91,7 @@ class Recipe:
 
 
 def default() -> Recipe:
-    """Per-scan θ by EM, background weight maps, exact marginal, β = 0.05."""
+    """Per-scan θ by EM, background weight maps, exact marginal."""
     return Recipe()
 
 
@@ -144,8 +150,8 @@ def changed_recipe(recipe: Recipe, name: str | None = None, **changes: Any) -> R
     ):
         if value not in known:
             raise InputError(f"{option} {value}: unknown; choose one of {', '.join(sorted(known))}")
-    if not changed.likelihood_power > 0:
-        raise InputError(f"--likelihood-power {changed.likelihood_power:g}: expected a number above 0")
+    if not changed.beta > 0:
+        raise InputError(f"--likelihood-power {changed.beta:g}: expected a number above 0")
     return changed
 
 
@@ -166,7 +172,7 @@ def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float, wa
         recipe = replace(recipe, label_blur=0.0)
     if field_of_view != "brain" or recipe.classes == "labels":
         return recipe
-    usual = recipe.likelihood_power == Recipe.likelihood_power
+    power = recipe.likelihood_power
     return replace(
         recipe,
         maps=None,
@@ -174,5 +180,5 @@ def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float, wa
         components=2,
         mask_background=0.2 if warped else recipe.mask_background,
         readout_power=0.5,
-        likelihood_power=min(1.0, BRAIN_POWER * voxel_volume) if usual else recipe.likelihood_power,
+        likelihood_power=min(1.0, BRAIN_POWER * voxel_volume) if power is None else power,
     )

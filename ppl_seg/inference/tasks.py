@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..guides.families import kl_to_prior
-from ..models.decoders import Lattice
+from ..models.decoders import Lattice, random_lattice
 from ..models.intensity import IntensityParameters, PseudoCounts
 from ..models.segmentation import SegmentationModel
 from .expectation import Factor, MapOptions, background_maps, update_theta
@@ -56,11 +56,7 @@ class LabelMapTask(Task):
         return Batch((labels, observed, lattice), len(labels), labels[0].numel())
 
     def _lattice(self, generator: torch.Generator) -> Lattice | None:
-        if self.stride == 1:
-            return None
-        steps = [min(self.stride, n) for n in self.labels.shape[1:]]
-        first = [int(torch.randint(step, (), generator=generator)) for step in steps]
-        return tuple(slice(start, None, step) for start, step in zip(first, steps, strict=True))
+        return None if self.stride == 1 else random_lattice(self.labels.shape[1:], self.stride, generator)
 
     def batch(self, step: int, generator: torch.Generator) -> Batch:
         """Maps chosen at random, deformed."""

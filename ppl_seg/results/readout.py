@@ -224,7 +224,7 @@ class _Reader:
             maps = weighted_rows(theta.background_log_weight[:, corners].exp().unsqueeze(-1), index, weight)
             theta = theta.with_maps(maps[..., 0].clamp(min=1e-12).log())
         scan, seen = self.scan[None, :, voxels], self.observed[None, :, voxels]
-        log_likelihood = self.power * self.intensity.label_log_prob(scan, seen, theta)[0]
+        log_likelihood = self.intensity.label_log_prob(scan, seen, theta, self.power)[0]
         if self.log_factor is not None:  # brought here as f is
             said = weighted_rows(self.log_factor[:, corners].unsqueeze(-1), index, weight)[..., 0]
             log_likelihood = log_likelihood + torch.where(seen[0].any(0), said, 0.0)

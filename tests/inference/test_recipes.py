@@ -20,12 +20,13 @@ def test_heads_do_not_need_to_agree_with_the_prior_on_average(name: str) -> None
 def test_brains_get_constant_background_weights_and_two_gaussians() -> None:
     recipe = recipe_for_field(build_recipe("default"), "brain", 8.0)
     assert recipe.maps is None and recipe.components == 2
-    assert recipe.readout_power < 1 and recipe.likelihood_power < 0.05
+    assert recipe.readout_power < 1 and recipe.beta < 0.05
     assert recipe.mask_background == 1 > recipe_for_field(recipe, "brain", 8.0, warped=True).mask_background
     assert recipe_for_field(recipe, "brain", 8.0) == recipe
     coarse = recipe_for_field(build_recipe("default"), "brain", 64.0)
-    assert coarse.likelihood_power == pytest.approx(8 * recipe.likelihood_power)
-    assert recipe_for_field(build_recipe("default", likelihood_power=0.3), "brain", 8.0).likelihood_power == 0.3
+    assert coarse.beta == pytest.approx(8 * recipe.beta)
+    for asked in (0.3, 0.05):
+        assert recipe_for_field(build_recipe("default", likelihood_power=asked), "brain", 8.0).beta == asked
 
 
 def test_the_notes_model_stays_what_it_is() -> None:

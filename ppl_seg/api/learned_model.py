@@ -1,0 +1,196 @@
+"""What was learned: a prior, or a prior fitted to scans. It is saved, and says how a scan is brought to it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ppl_seg import __version__
+from ppl_seg.api.output import say
+from ppl_seg.data.alignment import Alignment, Atlas, align_scan
+from ppl_seg.data.fields import brain_labels, field_of_scan
+from ppl_seg.data.grids import Grid
+from ppl_seg.data.labels import LabelTable
+from ppl_seg.data.loading import OwnScan, scan_on_grid
+from ppl_seg.errors import InputError
+from ppl_seg.guides.deformations import DeformationGuide
+from ppl_seg.guides.label_maps import LabelMapGuide
+from ppl_seg.guides.scans import ScanGuide
+from ppl_seg.inference.networks import (
+    build_segmentation_model,
+    freeze,
+    theta_tensors,
+    with_prefix,
+)
+from ppl_seg.inference.recipes import Recipe, build_recipe, changed_recipe, recipe_for_field
+from ppl_seg.inference.store import save_model, tensor_bytes
+from ppl_seg.models.intensity import IntensityParameters
+from ppl_seg.models.normalisation import normalise
+from ppl_seg.models.segmentation import SegmentationModel
+from ppl_seg.models.shape_prior import LabelPrior
+from ppl_seg.models.warped_atlas import WarpedAtlas
+
+
+@dataclass
+class LearnedModel:
+    """All that `learn_prior` and `fit_scans` learn.
+
+    Attributes:
+        table: the label table. grid, align: the prior's grid, and how images are brought onto it.
+        field_of_view: of the label maps: brain, head or crop (see `data.fields`).
+        shape_prior, label_guide: p(z) p(s|z) and q(z|s), frozen. codes: q(z|s) means of the prior's label maps, (n, D).
+        config: names and options of the networks, as in config.json.
+        recipe: of stage 2. channels: C.
+        scan_guide, label_network: q(z|x) and q(s|x), after a fit.
+        theta: of a fit: background maps, and shared or typical parameters.
+    """
+
+    table: LabelTable
+    grid: Grid
+    align: str
+    shape_prior: LabelPrior
+    label_guide: LabelMapGuide | DeformationGuide
+    codes: Tensor
+    config: dict[str, Any]
+    recipe: Recipe = field(default_factory=lambda: build_recipe("default"))
+    channels: int = 1
+    scan_guide: ScanGuide | None = None
+    theta: IntensityParameters | None = None
+    label_network: nn.Module | None = None
+    field_of_view: str = "crop"
+
+    def save(self, directory: str | Path, files: dict[str, bytes | str] | None = None) -> None:
+        """Write a model directory (config.json, weights.safetensors and `files`)."""
+        save_model(directory, self._configuration(), self._tensors(), files)
+
+    def _configuration(self) -> dict[str, Any]:
+        return {
+            **self.config,
+            "kind": "prior" if self.scan_guide is None else "fit",
+            "version": __version__,
+            "labels": self.table.to_dict(),
+            "grid": self.grid.to_dict(),
+            "align": self.align,
+            "field": self.field_of_view,
+            "channels": self.channels,
+            "recipe": self.recipe.to_dict(),
+        }
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"theta.{name}": tensor for name, tensor in theta_tensors(self.theta).items()}
+        tensors |= with_prefix(self.shape_prior, "shape_prior") | with_prefix(self.label_guide, "label_guide")
+        tensors |= with_prefix(self.scan_guide, "scan_guide") | with_prefix(self.label_network, "label_network")
+        return tensors | {"codes": self.codes}
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of what the model computes, for provenance."""
+        text = repr(sorted(self._configuration().items())).encode()
+        return hashlib.sha256(text + tensor_bytes(self._tensors())).hexdigest()
+
+    def program(self, recipe: Recipe, channels: int) -> SegmentationModel:
+        """The probabilistic program that a recipe asks for, on this prior, frozen."""
+        shared = self.theta if recipe.intensity == "shared" else None
+        model = build_segmentation_model(self.shape_prior, self.table.class_of_label, channels, recipe, shared)
+        freeze(model)
+        return model
+
+    def atlas(self) -> Atlas:
+        """What scans are registered to: p_loc as the commonest intensity class, and the probability of brain."""
+        location = self.shape_prior.log_location_prior.detach().exp().cpu()
+        classes = torch.zeros(max(self.table.class_of_label) + 1, *location.shape[1:])
+        classes.index_add_(0, torch.tensor(self.table.class_of_label), location)
+        brain = location[torch.from_numpy(brain_labels(self.table))].sum(0)
+        shape = self.grid.shape
+        return Atlas(
+            self.grid,
+            classes.argmax(0).view(shape).numpy().astype(np.uint8),
+            brain.view(shape).numpy(),
+            self.field_of_view,
+        )
+
+    def for_scan(self, own: OwnScan, view: str | None = None) -> tuple[Self, str]:
+        """This model, or for a brain under a prior of heads its brain alone; and the scan's field of view.
+
+        Args:
+            view: brain, head or crop, where the user knows; None decides by what is observed.
+        """
+        view = view or field_of_scan(own.image, own.observed.any(0).numpy())
+        if view == "brain" and self.field_of_view == "head":
+            return self._brain_alone(), view
+        return self, view
+
+    def _brain_alone(self) -> Self:
+        """The model with all labels outside the brain made background."""
+        outside = torch.from_numpy(~brain_labels(self.table))
+        outside[0] = False
+        prior = copy.deepcopy(self.shape_prior)
+        location = prior.log_location_prior.exp()
+        location[0] += location[outside].sum(0)
+        location[outside] = torch.finfo(location.dtype).tiny
+        prior.log_location_prior.copy_(location.log())
+        return replace(self, shape_prior=prior, field_of_view="brain")
+
+    def place(
+        self, own: OwnScan, align: str | None = None, view: str | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Alignment]:
+        """A scan normalised in its own voxels (C, X, Y, Z), on the grid (1, C, *grid), observed there, where it lies.
+
+        Args:
+            align: in place of the model's. view: the scan's field of view, see `for_scan`.
+
+        Raises:
+            InputError: the scan can't be aligned.
+        """
+        normalised = normalise(own.intensities[None], own.observed[None])[0]
+        anywhere = own.observed.any(0).numpy()
+        view = view or field_of_scan(own.image, anywhere)
+        alignment = align_scan(align or self.align, own.image, anywhere, self.atlas(), view)
+        if alignment.overlap is not None:
+            say([f"{own.image.path}: a {view}; {alignment.kind} to the prior, overlap {alignment.overlap:.2f}"])
+        scan, observed = scan_on_grid(normalised, own.observed, alignment.matrix, self.grid.shape)
+        if not bool(observed.any()):
+            raise InputError(
+                f"{own.image.path}: nothing of the scan lies on the prior's grid; use --align center, or "
+                "give scans of its space"
+            )
+        return normalised, scan[None], observed[None], alignment
+
+    def checked_recipe(
+        self,
+        recipe: str | None,
+        objective: str | None,
+        guide: str | None,
+        readout: str | None,
+        likelihood_power: float | None,
+    ) -> Recipe:
+        """The recipe with a call's changes, or an InputError for what does not fit this model."""
+        if readout not in (None, "marginals", "decoder"):
+            raise InputError(f"--readout {readout}: choose marginals or decoder")
+        if guide is not None and self.scan_guide is not None and guide != self.recipe.guide:
+            raise InputError(
+                f"--guide {guide}: the model was fitted with {self.recipe.guide}; fit again, or segment from the prior"
+            )
+        changes = {"objective": objective, "guide": guide, "readout": readout, "likelihood_power": likelihood_power}
+        return changed_recipe(self.recipe, recipe, **changes)
+
+    def adapted_recipe(self, recipe: Recipe) -> Recipe:
+        """A recipe as it is used for this model's field of view; a fit's own was adapted when it was fitted."""
+        own = self.scan_guide is not None and recipe.name == self.recipe.name
+        if own:
+            return recipe
+        warped = isinstance(self.shape_prior, WarpedAtlas)
+        return recipe_for_field(recipe, self.field_of_view, math.prod(self.grid.spacing), warped)
+
+    def options(self, recipe: Recipe, **others: Any) -> dict[str, Any]:
+        """What decides on a result besides the scan and the model: for provenance, and to skip what is done."""
+        others["align"] = others.get("align") or self.align
+        return {"recipe": recipe.to_dict(), **{name: str(value) for name, value in others.items()}}

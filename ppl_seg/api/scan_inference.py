@@ -1,0 +1,173 @@
+"""The posterior of one scan under a learned model: z by gradient steps, θ by EM, with all that speaks of labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pyro import distributions as dist
+from torch import Tensor
+
+from ppl_seg.api.learned_model import LearnedModel
+from ppl_seg.data.alignment import Alignment
+from ppl_seg.data.images import read_label_map
+from ppl_seg.data.loading import labels_on_grid
+from ppl_seg.errors import InputError
+from ppl_seg.guides.families import Family, build_family
+from ppl_seg.inference.expectation import label_responsibilities, update_theta
+from ppl_seg.inference.label_training import log_label_marginals
+from ppl_seg.inference.posterior import Posterior, best_start, factor_of, infer, start_theta
+from ppl_seg.inference.recipes import Recipe
+from ppl_seg.models.guided_intensity import outside_log_factor, with_label_factor, with_log_factor
+from ppl_seg.models.intensity import IntensityParameters
+from ppl_seg.models.segmentation import SegmentationModel
+
+NEAR_BRAIN = 0.98  # probability of background below which a voxel outside a brain mask says something
+START_SCALE = 0.3  # sd of a scan's own q(z) before its first step: the gradient hears the data before the noise
+
+
+@dataclass(frozen=True)
+class Inference:
+    """One scan's posterior on the grid.
+
+    program, data: what z was inferred with, data (scan, observed); both with the label guide's factor where there is
+    one. model: the program without it; log_factor: it, log u (M, *grid), or None.
+    bound: of the program, by the objective, nats; with the factor it is a lower bound of the bound without, see
+    `models.guided_intensity`. kl: KL(q ‖ p).
+    """
+
+    posterior: Posterior
+    program: SegmentationModel
+    data: tuple[Tensor, Tensor]
+    model: SegmentationModel
+    log_factor: Tensor | None
+    bound: float
+    kl: float
+
+    def label_marginals(self, draws: int, power: float) -> Tensor:
+        """Responsibilities averaged over draws of z, (1, M, *grid). power: of the likelihood within them."""
+        z = self.posterior.sample(draws)
+        r = label_responsibilities(self.program, z, *self.data, self.posterior.theta, power=power)
+        return r.unflatten(-1, self.model.shape_prior.grid)
+
+
+def infer_scan(
+    learned: LearnedModel,
+    recipe: Recipe,
+    scan: Tensor,
+    observed: Tensor,
+    refine: int | None = None,
+    encoded: dist.Distribution | None = None,
+    amortised: bool = True,
+    inside: Tensor | None = None,
+) -> Inference:
+    """q(z) and θ of one scan, (1, C, *grid), as `segment` infers them.
+
+    Args:
+        recipe: adapted to the field of view. refine: gradient steps; None takes the recipe's.
+        encoded: q(z) in place of its inference. amortised: with the q(z|x) and the background maps of a fit.
+        inside: bool, (*grid), the image's field of view; None, all of the grid.
+
+    Raises:
+        InputError: the recipe shares θ among scans, and the model was fitted to none.
+    """
+    device = scan.device
+    model = learned.program(recipe, scan.shape[1]).to(device)
+    fitted = learned.scan_guide is not None and recipe.shape == "prior"
+    maps = learned.theta.background_log_weight if fitted and amortised and learned.theta is not None else None
+    maps = None if maps is None or recipe.maps is None else maps.to(device)
+    program, data = model, (scan, observed)
+    log_factor, evidence = _evidence(learned, recipe, scan, observed, inside, fitted)
+    if evidence is not None:
+        program = with_label_factor(learned.program(recipe, scan.shape[1]).to(device))
+        data = with_log_factor(scan, observed, *evidence)
+    if recipe.intensity == "shared" and model.shared_intensity is not None:
+        theta: IntensityParameters = model.shared_intensity()
+    elif recipe.intensity == "shared":
+        raise InputError("shared intensities come from a fit: segment with its model, or choose another recipe")
+    else:
+        theta = start_theta(program, *data, recipe, maps)
+    if encoded is not None:
+        posterior = Posterior(encoded, _theta_at(encoded, program, data, theta, recipe, recipe.em_iterations))
+    else:
+        family, raw, steps = _start(learned, recipe, refine, program, data, theta, amortised)
+        if fitted and amortised and recipe.intensity == "per-scan":
+            theta = _theta_at(family(raw), program, data, theta, recipe, recipe.em_iterations // 2)
+        posterior = infer(program, family, raw, *data, theta, recipe, steps, maps is None and recipe.maps is not None)
+    bound = posterior.bound(program, recipe.objective, *data)
+    return Inference(posterior, program, data, model, log_factor, bound, float(posterior.kl(program)[0]))
+
+
+def _evidence(
+    learned: LearnedModel, recipe: Recipe, scan: Tensor, observed: Tensor, inside: Tensor | None, fitted: bool
+) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+    """What else than intensities speaks of labels: log factor of the read-out (M, *grid), and of the inference.
+
+    The latter (1, M, *grid) with where it counts (1, 1, *grid). Outside a brain mask but near brains only the mask
+    speaks.
+    """
+    location = learned.shape_prior.log_location_prior.to(scan.device)
+    seen = observed.any(1, keepdim=True)
+    said, total = None, torch.zeros_like(location)[None]
+    if fitted and learned.label_network is not None and recipe.label_rounds:
+        network = learned.label_network.to(scan.device)
+        said = log_label_marginals(network, location, scan, observed)
+        total = torch.where(seen, said, 0.0)
+    said = None if said is None else said[0]
+    if recipe.mask_background == 1:
+        return said, None if said is None else (total, seen)
+    near = location[0].exp() < NEAR_BRAIN
+    counts = seen | (near if inside is None else near & inside.to(near.device))
+    return said, (total + outside_log_factor(seen, len(location), recipe.mask_background), counts)
+
+
+def _start(
+    learned: LearnedModel,
+    recipe: Recipe,
+    refine: int | None,
+    program: SegmentationModel,
+    data: tuple[Tensor, Tensor],
+    theta: IntensityParameters,
+    amortised: bool,
+) -> tuple[Family, Tensor, int]:
+    """A family, where its raw parameters start, and the number of gradient steps."""
+    scan, observed = (part[:, : learned.channels] for part in data)
+    if amortised and learned.scan_guide is not None and recipe.shape == "prior":
+        guide = learned.scan_guide.to(scan.device)
+        with torch.no_grad():
+            raw = guide.raw(scan, observed)
+        return guide.family, raw, recipe.refine_steps if refine is None else refine
+    steps = recipe.per_scan_steps if refine is None else refine
+    family = build_family(recipe.guide, program.shape_prior.latent_dim).to(scan.device)
+    raw = torch.zeros(len(scan), family.num_parameters, device=scan.device)
+    if steps:
+        raw = family.raw_at(best_start(program, learned.codes.to(scan.device), *data, theta), START_SCALE)
+    return family, raw, steps
+
+
+def _theta_at(
+    q: dist.Distribution,
+    program: SegmentationModel,
+    data: tuple[Tensor, Tensor],
+    theta: IntensityParameters,
+    recipe: Recipe,
+    iterations: int,
+) -> IntensityParameters:
+    """θ by EM at a few draws of q."""
+    z = q.sample((4,))
+    for _ in range(iterations):
+        theta, _ = update_theta(program, z, *data, theta, factor_of(recipe.objective), recipe.pseudo)
+    return theta
+
+
+def encode_label_map(
+    learned: LearnedModel, truth: str | Path, alignment: Alignment, device: torch.device
+) -> dist.Distribution:
+    """q(z|s) of a label map."""
+    image = read_label_map(truth)
+    labels, inside = labels_on_grid(image, learned.table, {}, alignment.matrix, learned.grid.shape)
+    guide = learned.label_guide.to(device)
+    with torch.no_grad():
+        encoded: dist.Distribution = guide.posterior(labels[None].to(device), inside[None].to(device))
+    return encoded

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Self
+
 import pyro
 import torch
 from pyro import distributions as dist
@@ -29,6 +31,12 @@ class DeformationGuide(PyroModule):
         super().__init__()
         self.family, self.steps = family, steps
         self._atlas = (atlas,)  # in a tuple: its tensors are not the guide's to store
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        (atlas,) = self._atlas
+        atlas._apply(*args, **kwargs)  # but where the guide goes (`to`), it goes
+        moved: Self = super()._apply(*args, **kwargs)
+        return moved
 
     def infer(self, labels: Tensor, observed: Tensor, start: Tensor | None = None) -> tuple[dist.Distribution, Tensor]:
         """q(z|s) and its bound per voxel, the mean of the last third of the steps, both of batch shape (B,).

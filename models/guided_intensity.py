@@ -27,9 +27,9 @@ class GuidedIntensity(IntensityModel):
     """
 
     def __init__(self, intensity: IntensityModel) -> None:
-        classes = intensity.class_of_label.tolist()
-        super().__init__(classes, intensity.components, intensity.channels + len(classes))
+        super().__init__(intensity.classes, intensity.components, intensity.channels + len(intensity.classes))
         self.intensity = intensity
+        self.to(intensity.class_of_label.device)
 
     def own(self, scan: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
         """The channels that are intensities."""

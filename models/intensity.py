@@ -107,7 +107,7 @@ class IntensityModel(nn.Module):
             )
         if min(components) < 1:
             raise ValueError(f"every class needs at least one component; found {list(components)}")
-        self.components = tuple(int(k) for k in components)
+        self.classes, self.components = tuple(class_of_label), tuple(int(k) for k in components)
         self.channels, self.background_observed = channels, background_observed
         self.register_buffer("class_of_label", torch.tensor(list(class_of_label)), persistent=False)
         of_component = [n for n, k in enumerate(self.components) for _ in range(k)]

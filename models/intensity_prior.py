@@ -42,13 +42,15 @@ class IntensityPrior:
 class SharedIntensity(nn.Module):
     """One θ for all scans, learned by gradient. Calling it gives `IntensityParameters` with B = 1."""
 
+    background_log_weight: Tensor | None
+
     def __init__(self, intensity: IntensityModel, initial: IntensityParameters) -> None:
         super().__init__()
         self.slices = intensity.slices
         self.mean = nn.Parameter(initial.mean[:1].detach().clone())
         self.log_sd = nn.Parameter(initial.sd[:1].detach().log())
         self.weight_logits = nn.Parameter(initial.log_weight[:1].detach().clone())
-        self.background_log_weight = initial.background_log_weight
+        self.register_buffer("background_log_weight", initial.background_log_weight, persistent=False)
 
     def forward(self) -> IntensityParameters:
         """θ at the present values."""

@@ -169,7 +169,7 @@ def fit(
     head: Head = False,
     steps: Steps = None,
     label_rounds: Annotated[
-        int | None, typer.Option(min=0, metavar="N", help="Rounds of learning labels straight from scans; 0 for none.")
+        int | None, typer.Option(min=0, metavar="N", help="Rounds of the label guide; default 2, for whole brains 0.")
     ] = None,
     seed: Seed = 0,
     device: DeviceOption = Device.auto,

@@ -3,8 +3,10 @@
     python scripts/benchmark_accuracy.py --data DIR --set hippocampus --out OUT
 
 DIR/SET holds prior/*_dseg.nii.gz, dev/scans/*_T1w.nii.gz, dev/truth/*_dseg.nii.gz, labels.tsv
-(index, name) and groups.tsv (index, group). Each stage works in OUT/<stage>; one that is done (done.json) is
-not run again, unless one it builds on was. Results: summary.md, TSV tables and figures in OUT.
+(index, name) and groups.tsv (index, group). With --prior-maps the label maps of another protocol teach the prior: a
+folder with prior/, labels.tsv and map.tsv (from, to), which brings their values to the set's. Each stage works in
+OUT/<stage>; one that is done (done.json) is not run again, unless one it builds on was. Results: summary.md, TSV
+tables and figures in OUT.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import xarray as xr
-from benchmark_report import BUDGETS, METHODS, NEAR, Rows, average, best_of, page, summarise
+from benchmark_report import ALIKE, BUDGETS, METHODS, NEAR, Rows, average, best_of, page, summarise
+from benchmark_volumes import agreement, box_baseline, box_of, retest, volumes_page
 from scipy import ndimage
 
 from ppl_seg import __version__, load_model
@@ -48,11 +51,12 @@ Groups = dict[str, tuple[int, ...]]  # structure -> label values
 
 @dataclass(frozen=True)
 class Case:
-    """A scan, its manual labels, and whose scan it is."""
+    """A scan, its manual labels, whose scan it is, and of which visit."""
 
     scan: Path
     truth: Path
     person: str
+    session: str
 
 
 @dataclass
@@ -111,9 +115,11 @@ class Benchmark:
     scans: Path
     cases: list[Case]
     groups: Groups
-    names: dict[str, list[str]]  # structure -> names of its labels
+    names: dict[str, list[str]]  # structure -> names that the prior may have for its labels
+    boxes: dict[str, np.ndarray]  # structure -> what the scan's box says of its volume, see `box_baseline`
     prior: Path
     fit_options: list[str]
+    segment_options: list[str]
 
     def label_map(self, folder: Path, case: Case) -> Path:
         """Where `segment --out folder` puts it."""
@@ -126,7 +132,8 @@ class Benchmark:
 
     def segment(self, name: str, model: Path, *options: str, scans: Sequence[Path] = ()) -> Segmented:
         words: list[str | Path] = ["segment", *(scans or [self.scans]), "--model", model, *options]
-        folder = self.stages.command(f"segment-{name}", words, ["prior", model.parent.name])
+        needs = ["prior", model.parent.name]
+        folder = self.stages.command(f"segment-{name}", [*words, *self.segment_options], needs)
         cases = [case for case in self.cases if not scans or case.scan in scans]
         return {case.scan: self.label_map(folder, case) for case in cases}
 
@@ -172,19 +179,21 @@ class Benchmark:
         return found
 
     def scores(self, row: str, found: Segmented) -> Rows:
-        """A row a scan and structure, with `mean` over structures and `whole`, all of them as one."""
+        """A row a scan and structure, with means over all and over those ALIKE, and `whole`, all of them as one."""
         rows: Rows = []
+        everything = one_of(self.groups)
         for case in self.cases:
             truth, path = read_label_map(case.truth), found[case.scan]
             labels = np.zeros_like(truth.data)  # what a failed scan gets
             if path.is_file():
                 labels = np.asarray(nib.load(path).dataobj).astype(np.int32)
             scores = metrics.evaluate_pair(labels, truth.data, truth.affine, self.groups)
-            mean: dict[str, Any] = {name: average([s[name] for s in scores]) for name in ("dice", "hd95_mm", "asd_mm")}
-            mean |= {"structure": "mean", "missed": sum(s["missed"] for s in scores)}
-            whole = metrics.evaluate_pair(labels > 0, truth.data > 0, truth.affine, {"whole": (1,)})
-            keys = {"row": row, "scan": case.scan.name, "person": case.person}
-            rows += [{**keys, **s} for s in (*scores, mean, *whole)]
+            means = [mean_row("mean", scores), mean_row("alike", [s for s in scores if s["structure"] in ALIKE])]
+            scores += metrics.evaluate_pair(labels, truth.data, truth.affine, everything)
+            for s in scores:
+                s["box_mm3"] = float(box_of(truth) @ self.boxes[s["structure"]])
+            keys = {"row": row, "scan": case.scan.name, "person": case.person, "session": case.session}
+            rows += [{**keys, **s} for s in (*scores, *filter(None, means))]
         return rows
 
     def volume_coverage(self, found: Segmented) -> dict[str, float]:
@@ -197,8 +206,10 @@ class Benchmark:
                 continue
             truth = read_label_map(case.truth)
             with xr.open_dataset(posterior, group="posterior", engine="h5netcdf") as data:
+                known = set(data["structure"].values.tolist())
                 for name, values in self.groups.items():
-                    draws = data["volume"].sel(structure=self.names[name]).sum("structure").values
+                    parts = [part for part in self.names[name] if part in known]
+                    draws = data["volume"].sel(structure=parts).sum("structure").values
                     low, high = np.quantile(draws, [0.05, 0.95])
                     volume = np.isin(truth.data, values).sum() * truth.voxel_volume
                     inside[name].append(bool(low <= volume <= high))
@@ -253,6 +264,19 @@ class Benchmark:
             return Reliability(**dict(stored))
 
 
+def one_of(groups: Groups) -> Groups:
+    """All structures as one."""
+    return {"whole": tuple(value for values in groups.values() for value in values)}
+
+
+def mean_row(name: str, scores: Rows) -> dict[str, Any]:
+    """The mean of some structures' rows, or nothing of none."""
+    if not scores:
+        return {}
+    mean = {key: average([s[key] for s in scores]) for key in ("dice", "hd95_mm", "asd_mm")}
+    return {"structure": name, **mean, "missed": sum(s["missed"] for s in scores)}
+
+
 def bound_of(result: Any) -> float:
     """β E_q[log p(x|z)] − KL(q ‖ p), over all draws, per observed voxel: less noisy than one draw's."""
     power = result.provenance["likelihood_power"]
@@ -267,21 +291,28 @@ def read_cases(folder: Path) -> list[Case]:
     pairs, alone, _ = match_files(scans, truths)
     if alone:
         raise InputError(f"{alone[0]}: no label map in {folder / 'dev' / 'truth'} matches it")
-    return [Case(scan, truth, parse_name(scan).entities.get("sub", scan.name)) for scan, truth in pairs]
+    entities = [parse_name(scan).entities for scan, _ in pairs]
+    return [
+        Case(scan, truth, of.get("sub", scan.name), of.get("ses", ""))
+        for (scan, truth), of in zip(pairs, entities, strict=True)
+    ]
 
 
 def open_benchmark(arguments: argparse.Namespace) -> Benchmark:
     """Read what is there, and learn the prior."""
     data, stages = (arguments.data / arguments.set).resolve(), Stages(arguments.out.resolve())
     cases, groups = read_cases(data), label_tables.read_groups(data / "groups.tsv")
-    table = label_tables.read_table(data / "labels.tsv")
+    source = data if arguments.prior_maps is None else arguments.prior_maps.resolve()
+    table = label_tables.read_table(source / "labels.tsv")
     known = dict(zip(table.indices.tolist(), table.names, strict=True))
-    names = {group: [known[value] for value in values] for group, values in groups.items()}
-    steps = (arguments.prior_steps, arguments.fit_steps)
-    for_prior, for_fit = ([] if number is None else ["--steps", str(number)] for number in steps)
-    words = ["prior", data / "prior", "--labels", data / "labels.tsv", *SETS[arguments.set], *for_prior]
+    names = {group: [known[value] for value in values if value in known] for group, values in groups.items()}
+    mapped = ["--map", source / "map.tsv"] if arguments.prior_maps is not None else []
+    numbers = (("--steps", arguments.prior_steps), ("--steps", arguments.fit_steps), ("--draws", arguments.draws))
+    for_prior, for_fit, for_segment = ([] if number is None else [name, str(number)] for name, number in numbers)
+    words = ["prior", source / "prior", "--labels", source / "labels.tsv", *mapped, *SETS[arguments.set], *for_prior]
     prior = stages.command("prior", words)
-    return Benchmark(stages, data / "dev" / "scans", cases, groups, names, prior, for_fit)
+    boxes = box_baseline(data / "prior", groups | one_of(groups))
+    return Benchmark(stages, data / "dev" / "scans", cases, groups, names, boxes, prior, for_fit, for_segment)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -312,7 +343,11 @@ def run(arguments: argparse.Namespace) -> None:
     errors = {name: curve.expected_calibration_error for name, curve in curves.items()}
     seconds = {name: float(record["seconds"]) for name, record in bench.stages.done.items()}
     persons, most = [case.person for case in bench.cases], BUDGETS[arguments.set]
-    text = page(summary, list(bench.groups), persons, errors, seconds, most)
+    retested, agreed = retest(scores), agreement(scores)
+    write_table(out / "volumes.tsv", agreed)
+    if retested:
+        write_table(out / "retest.tsv", retested)
+    text = page(summary, list(bench.groups), persons, errors, seconds, most) + volumes_page(retested, agreed)
     write_text(out / "summary.md", text)
     print(text)
 
@@ -322,11 +357,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder that holds the set")
     parser.add_argument("--set", choices=tuple(SETS), required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--prior-maps", type=Path, help="folder whose prior/ teaches, with labels.tsv and map.tsv")
     choice = [row for row in METHODS if not row.endswith("-jensen")]
     parser.add_argument("--rows", default=",".join(choice), help="default: %(default)s")
     parser.add_argument("--jensen", action=argparse.BooleanOptionalAction, default=True, help="b, c, d; or --no-jensen")
     parser.add_argument("--prior-steps", type=int, help="for a quick try: steps of `prior`")
     parser.add_argument("--fit-steps", type=int, help="for a quick try: steps of `fit`")
+    parser.add_argument("--draws", type=int, help="for a quick try: draws of `segment`")
     arguments = parser.parse_args()
     arguments.rows = arguments.rows.split(",")
     if unknown := set(arguments.rows) - set(choice):

@@ -26,14 +26,13 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from scipy import ndimage
 from scipy.spatial.transform import Rotation
+from simulation import simulate
 
 from ppl_seg import learn_prior
 from ppl_seg.api import Model
 from ppl_seg.data.cohort import find_label_maps
-from ppl_seg.data.images import Image, read_label_map
-from ppl_seg.data.labels import LabelTable
+from ppl_seg.data.images import read_label_map
 from ppl_seg.errors import InputError
 from ppl_seg.results.segmentation import Segmentation
 from ppl_seg.results.tables import write_table
@@ -42,8 +41,6 @@ TURN, SHIFT = 20.0, 30.0  # degrees about each axis, mm along each
 SMALLEST = 1000.0  # mm³
 MOST_CHANGE, LEAST_DICE = 0.02, 0.97
 SHARE_TO_PASS = 0.95  # of the heads
-BLUR, BIAS, BIAS_LENGTH = 0.5, 0.15, 40.0  # mm; sd of the bias field's logarithm; mm
-NOISE = (0.01, 0.06)  # sd, where the brightest class is about 1
 
 
 @dataclass(frozen=True)
@@ -52,18 +49,6 @@ class Options:
 
     recipe: str
     draws: int
-
-
-def simulate(labels: Image, table: LabelTable, generator: np.random.Generator) -> np.ndarray:
-    """(X, Y, Z) float32: a scan of a label map; air is dark, all else of any brightness."""
-    means = generator.uniform(0.1, 1.0, max(table.class_of_label) + 1)
-    means[0] = 0.0
-    values = means[np.asarray(table.class_of_label)][table.to_positions(labels.data, labels.path)]
-    values = ndimage.gaussian_filter(values, BLUR / np.array(labels.spacing))
-    values *= np.exp(BIAS * _smooth_noise(generator, labels))
-    sd = generator.uniform(*NOISE)
-    noisy = np.hypot(values + generator.normal(0, sd, values.shape), generator.normal(0, sd, values.shape))
-    return np.asarray(1000 * noisy, dtype=np.float32)
 
 
 def random_move(affine: np.ndarray, shape: tuple[int, int, int], generator: np.random.Generator) -> np.ndarray:
@@ -149,15 +134,6 @@ def run(arguments: argparse.Namespace) -> int:
         passes = "yes" if one["passes"] else "no"
         print(f"| {head} | {source.name} | {figures} | {passes} | {one['seconds']:.0f} |", flush=True)
     return sum(one["passes"] for one in heads)
-
-
-def _smooth_noise(generator: np.random.Generator, labels: Image) -> np.ndarray:
-    """(X, Y, Z) noise of mean 0 and standard deviation 1, smooth over BIAS_LENGTH mm."""
-    coarse = [max(2, round(n * size / BIAS_LENGTH) + 1) for n, size in zip(labels.shape, labels.spacing, strict=True)]
-    knots = generator.standard_normal(coarse)
-    steps = [np.linspace(0, count - 1, n) for count, n in zip(coarse, labels.shape, strict=True)]
-    field = ndimage.map_coordinates(knots, np.meshgrid(*steps, indexing="ij"), order=3, mode="nearest")
-    return np.asarray((field - field.mean()) / field.std())
 
 
 def main() -> None:

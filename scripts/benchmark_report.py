@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,8 @@ METHODS = {
     "e-r": "z of the truth, marginals",
 }
 OURS = ("b", "c", "d")
+ALIKE = ("Cerebral-White-Matter", "Cerebellum-White-Matter", "Cerebellum-Cortex", "Caudate", "Putamen", "Hippocampus")
+ALIKE += ("Accumbens", "4th-Ventricle")  # structures that Neuromorphometrics' protocol and FreeSurfer draw alike
 NEAR = 3  # voxels around the structures that count for the reliability: easy background dilutes errors
 BUDGET = ("prior", "fit", "segment-d")  # stages that count
 BUDGETS = {"hippocampus": 30 * 60, "oasis": 60 * 60}  # seconds
@@ -103,12 +105,15 @@ def page(
     cells = {(s["row"], s["structure"]): s for s in summary}
     rows, best = list(dict.fromkeys(s["row"] for s in summary)), best_of(summary)
     head = ["row", "Dice of", "mean [95 %]", "whole", "HD95 mm", "mean − (a) [95 %]", "worst scan"]
+    alike = (rows[0], "alike") in cells
+    head += ["mean of those drawn alike [95 %]"] if alike else []
     lines = [f"{len(persons)} scans of {len(set(persons))} persons; intervals by bootstrap over persons."]
     lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in rows:
         mean, whole = cells[row, "mean"], cells[row, "whole"]
         line = [row, METHODS[row], interval(mean, "dice"), f"{whole['dice']:.3f}", f"{mean['hd95_mm']:.2f}"]
-        lines.append(f"| {' | '.join([*line, interval(mean, 'gain', '+'), format(mean['worst_dice'], '.3f')])} |")
+        line += [interval(mean, "gain", "+"), f"{mean['worst_dice']:.3f}"]
+        lines.append(f"| {' | '.join([*line, *([interval(cells[row, 'alike'], 'dice')] if alike else [])])} |")
     lines += ["", f"| structure: Dice (true volume in 5–95 %) | {' | '.join(rows)} |", "|---" * (1 + len(rows)) + "|"]
     for name in groups:
         lines.append(f"| {' | '.join([name, *(dice_and_coverage(cells[row, name]) for row in rows)])} |")
@@ -122,3 +127,18 @@ def page(
         lines.append(f"- Calibration error within {NEAR} voxels of the structures, {name}: {error:.3f}.")
     lines += [f"- {budget(seconds, most)}", "", "| stage | seconds |", "|---|---|"]
     return "\n".join([*lines, *(f"| {name} | {value:.1f} |" for name, value in seconds.items())]) + "\n"
+
+
+def unique(rows: Rows, key: str) -> list[str]:
+    """The values of a column, in order."""
+    return list(dict.fromkeys(str(row[key]) for row in rows))
+
+
+def line(cells: Iterable[str]) -> str:
+    """A line of a table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def heading(cells: list[str]) -> list[str]:
+    """The first two lines of a table."""
+    return [line(cells), "|---" * len(cells) + "|"]

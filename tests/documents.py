@@ -22,8 +22,9 @@ NOT_RUN = {  # a line of a bash block, and where it is tried instead
     "pip install .": "tests/test_packaging.py installs the wheel",
 }
 SMALL = {  # options that cut a command's or a script's work
-    "prior": ["--steps", "3", "--latent-dim", "4"],
-    "fit": ["--steps", "3"],
+    "prior": ["--steps", "3"],  # what z is follows from the label maps, as it does for users
+    "fit": ["--steps", "3", "--label-rounds", "1"],
+    "segment": ["--draws", "8"],
     "train_prior.py": ["--steps", "2", "--latent", "4"],
     "fit_scans.py": ["--epochs", "1"],
 }

@@ -112,6 +112,33 @@ def test_accuracy_from_prior_to_summary_and_again(data: Path, tmp_path: Path) ->
     assert (out / "summary.md").read_text(encoding="utf-8") == page
 
 
+@pytest.mark.slow
+def test_label_maps_of_another_protocol_teach(data: Path, tmp_path: Path) -> None:
+    """The same maps with values of their own, which map.tsv brings to the set's; a structure more, which it drops."""
+    other = tmp_path / "other"
+    (other / "prior").mkdir(parents=True)
+    for path in sorted((data / "hippocampus" / "prior").iterdir()):
+        image = nib.load(path)
+        labels = np.asarray(image.dataobj)
+        labels = np.where(labels > 0, labels + 10, 0)
+        labels[0, 0, 0] = 13
+        nib.save(nib.Nifti1Image(labels.astype(np.uint8), image.affine), other / "prior" / path.name)
+    (other / "labels.tsv").write_text("index\tname\tclass\n1\tFore\ttissue\n2\tHind\ttissue\n")
+    (other / "map.tsv").write_text("from\tto\n11\t1\n12\t2\n13\t0\n")
+    done = accuracy(data, tmp_path / "out", "--prior-maps", str(other), "--rows", "a,b", "--no-jensen")
+    assert done.returncode == 0, done.stderr + done.stdout
+    summary = read_tsv(tmp_path / "out" / "summary.tsv")
+    dice = {(row["row"], row["structure"]): float(row["dice"]) for row in summary}
+    assert min(dice.values()) > 0.3 and ("b", "alike") not in dice
+    covered = [row["volume_coverage"] for row in summary if row["row"] == "b" and row["structure"] == "Anterior"]
+    assert 0 <= float(covered[0]) <= 1  # by the names of the other's table
+    volumes = {(row["row"], row["structure"]): row for row in read_tsv(tmp_path / "out" / "volumes.tsv")}
+    assert set(volumes) == {(row, name) for row in "ab" for name in ("Anterior", "Posterior", "whole")}
+    assert all(0.3 < float(row["ratio"]) < 3 for row in volumes.values())
+    assert "segmented / manual volume" in (tmp_path / "out" / "summary.md").read_text(encoding="utf-8")
+    assert not (tmp_path / "out" / "retest.tsv").exists()  # runs are no visits
+
+
 def test_other_options_do_not_mix_with_an_earlier_run(data: Path, tmp_path: Path) -> None:
     (tmp_path / "prior").mkdir()
     (tmp_path / "prior" / "done.json").write_text('{"command": ["ppl-seg", "prior"]}')

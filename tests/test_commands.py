@@ -168,7 +168,7 @@ def test_more_files_need_no_force(study: Study, run: Run, tmp_path: Path) -> Non
     assert run(*command)[0].count("│ skipped") == 3
     save(tmp_path / "sub-01_T1w.nii.gz", scan_of(ellipsoids(np.random.default_rng(9)), np.random.default_rng(9)))
     other = ("segment", tmp_path / "sub-01_T1w.nii.gz", *command[2:])
-    assert "made from another scan, model or options" in run(*other, code=2)[1]
+    assert "made from another scan, mask, model or options" in run(*other, code=2)[1]
 
 
 def test_segment_again_skips(study: Study, run: Run) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -11,6 +13,7 @@ import pytest
 
 from tests.documents import ROOT, blocks, commands, run_command
 
+Run = Callable[..., tuple[int, str, str]]
 SHAPE, SPACING = (28, 32, 27), 5.0  # a field of view of 14 to 16 cm, 0.8 litres of brain
 # FreeSurfer value -> centre and radii in units of the brain's radii
 STRUCTURES = {
@@ -54,7 +57,7 @@ def save(path: Path, data: np.ndarray) -> None:
 
 
 def make_files(folder: Path) -> None:
-    """subjects/ of FreeSurfer, a dataset bids/ with masks/, and labels/, scans/, truth/ of crops."""
+    """subjects/ of FreeSurfer, a dataset bids/ with masks/ and manual/, and labels/, scans/, truth/ of crops."""
     random = np.random.default_rng(0)
     for person in range(1, 6):
         labels = brain(random)
@@ -69,6 +72,7 @@ def make_files(folder: Path) -> None:
         for suffix in ("T1w", "FLAIR"):
             save(folder / "bids" / f"{stem}_{suffix}.nii.gz", contrast(labels, random))
         save(folder / "masks" / f"{stem}_mask.nii.gz", (labels > 0).astype(np.uint8))
+        save(folder / "manual" / f"sub-{person}_dseg.nii.gz", labels)
     for person in range(1, 8):
         axes = np.stack(np.meshgrid(*map(np.arange, (14, 16, 12)), indexing="ij"), -1) - (6.5, 7.5, 5.5)
         distance = ((axes / random.uniform(0.9, 1.1, 3) / (4, 5, 3.5)) ** 2).sum(-1)
@@ -100,6 +104,16 @@ def volumes(out: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file, delimiter="\t"))
 
 
+def share_right(results: Path, truth: Path) -> float:
+    """Of the brain's voxels those that have their own label, over the persons."""
+    shares = []
+    for path in sorted(truth.glob("*_dseg.nii.gz")):
+        (found,) = results.rglob(f"{path.name.split('_')[0]}_*_dseg.nii.gz")
+        labels, wanted = (np.asarray(nib.load(one).dataobj) for one in (found, path))
+        shares.append((labels == wanted)[wanted > 0].mean())
+    return float(np.mean(shares))
+
+
 def test_crops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_files(tmp_path)
     follow("crops.md", tmp_path, monkeypatch)
@@ -110,9 +124,13 @@ def test_crops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "scores.tsv").read_text(encoding="utf-8").count("\n") == 1 + 3 * 2
 
 
-def test_freesurfer_then_bids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_freesurfer_then_bids(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_files(tmp_path)
     follow("freesurfer.md", tmp_path, monkeypatch)
+    config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
+    assert (config["shape_prior"]["decoder"], config["align"], config["field"]) == ("warp", "affine", "brain")
+    assert config["recipe"]["mask_background"] < 1  # and the mask is an observation
+    assert share_right(tmp_path / "results", tmp_path / "manual") > 0.7
     assert {row["structure"] for row in volumes(tmp_path / "results")} >= {"Left-Thalamus", "Brain-Stem"}
     assert len(list((tmp_path / "results").rglob("*_align.png"))) == 3
     assert len({row["scan"] for row in volumes(tmp_path / "results_norm")}) == 5
@@ -120,3 +138,9 @@ def test_freesurfer_then_bids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     follow("bids.md", tmp_path, monkeypatch)
     assert len(list((tmp_path / "derivatives").rglob("*_desc-T1w_dseg.nii.gz"))) == 3
     assert len(list((tmp_path / "results_two").rglob("*_desc-T1wFLAIR_dseg.nii.gz"))) == 1
+
+    noise = np.where(brain(np.random.default_rng(1)) > 0, np.random.default_rng(2).normal(50, 9, SHAPE), 0)
+    save(tmp_path / "noise" / "sub-09_T1w.nii.gz", noise.astype(np.float32))
+    code, screen, err = run("segment", "noise", "--model", "prior", "--out", "results_noise")
+    assert code == 1 and "failed" in screen and "wrong anatomy or no overlap with the prior" in err
+    assert not list((tmp_path / "results_noise").rglob("*.nii.gz"))

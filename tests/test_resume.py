@@ -70,6 +70,19 @@ def test_a_killed_prior_resumes_bit_for_bit(maps: Path, tmp_path: Path) -> None:
     assert not list(killed.glob("checkpoint*"))
 
 
+@pytest.mark.parametrize("shape", ["convolutional", "warp"])
+def test_a_model_is_there_when_all_its_files_are(
+    maps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: str
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Model, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        learn_prior([maps], out=tmp_path, shape=shape, steps=3)
+    assert {"draws.png", "training.png", "training.csv"} <= {path.name for path in tmp_path.iterdir()}
+
+
 def test_model_directory_round_trip(maps: Path, tmp_path: Path) -> None:
     model = learn_prior([maps], out=tmp_path / "model", latent_dim=3, steps=3)
     again = load_model(tmp_path / "model")

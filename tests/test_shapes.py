@@ -97,6 +97,9 @@ def test_fit_and_segment(run: Run, prior: Path, folder: Path) -> None:
         folder / "fitted",
     )
     assert code == 0, out + err
+    (path,) = (folder / "fitted").rglob("*_dseg.nii.gz")
+    found, truth = np.asarray(nib.load(path).dataobj) > 0, ball(5) > 0
+    assert 2 * (found & truth).sum() / (found.sum() + truth.sum()) > 0.7
 
 
 @pytest.mark.parametrize(

@@ -118,10 +118,12 @@ def fit_scans(
     check_output_apart(found, out)
     if out is not None:
         claim_model_directory(out, force, resume)
-    if steps is None and math.prod(model.grid.shape) > LARGE_GRID:
-        few = STEPS_OF_LARGE_GRIDS
-        chosen = replace(chosen, sleep_steps=few, steps=few, batch_size=BATCH_OF_LARGE_GRIDS)
-        chosen = replace(chosen, label_batch_size=LABEL_BATCH_OF_LARGE_GRIDS)
+    if math.prod(model.grid.shape) > LARGE_GRID:
+        # a label guide of ten whole brains, learned as long as the rest takes, made their segmentations worse
+        chosen = replace(chosen, label_rounds=label_rounds or 0)
+        chosen = replace(chosen, batch_size=BATCH_OF_LARGE_GRIDS, label_batch_size=LABEL_BATCH_OF_LARGE_GRIDS)
+        if steps is None:
+            chosen = replace(chosen, sleep_steps=STEPS_OF_LARGE_GRIDS, steps=STEPS_OF_LARGE_GRIDS)
     needed = fit_memory(model, chosen, len(found), len(found[0].paths))
     check_memory("fit", needed, available_memory(where), WAY_OUT)
     model, x, observed = load_scans(model, found, mask, channel_align, view)
@@ -136,7 +138,8 @@ def fit_scans(
             {
                 "prior": model.hash,
                 "recipe": chosen.to_dict(),
-                "mask": mask,
+                "mask": file_sha256(mask) if Path(mask).is_file() else mask,
+                "channel alignment": channel_align,
                 "view": model.field_of_view,
                 "scans": hashes,
             },
@@ -171,8 +174,8 @@ def fit_scans(
         report |= {"label_rounds": rounds}
         report |= run_record(str(where)) | {"stages": watch.seconds}
         log_file = Path(out) / "training.csv"
+        training_figure(log_file, Path(out) / "training.png", "Fit to the scans")  # before config.json
         fitted.save(out, {"training.csv": log_file.read_bytes(), "report.json": json.dumps(report, indent=2)})
-        training_figure(log_file, Path(out) / "training.png", "Fit to the scans")
         finish_training(out)
     return fitted
 
@@ -273,6 +276,7 @@ def load_scans(
                 "they are with --brain or --head"
             )
         fitting, shown = (chosen, seen_as) if not shown else (fitting, shown)
-        placed.append(fitting.place(own, view=shown))
+        _, scan, seen, _ = fitting.place(own, view=shown)  # of its own voxels nothing is kept
+        placed.append((scan, seen))
     say([f"{len(found)} scans on the prior's grid: {shown}s"])
-    return fitting, torch.cat([scan for _, scan, _, _ in placed]), torch.cat([seen for _, _, seen, _ in placed])
+    return fitting, torch.cat([scan for scan, _ in placed]), torch.cat([seen for _, seen in placed])

@@ -77,7 +77,8 @@ def learn_label_network(
         )
         model = replace(model, label_network=freeze(network.cpu()))
         rounds.append({"agreement": agreement, **log.last_terms()})
-        say([f"label guide, round {number}: {agreement:.3f} of the structures' voxels as before"])
+        as_before = f": {agreement:.3f} of the structures' voxels as before" if number > 1 else ""
+        say([f"label guide, round {number} of at most {recipe.label_rounds}{as_before}"])
     return model, rounds
 
 
@@ -107,4 +108,4 @@ def infer_targets(model: Model, scans: Tensor, observed: Tensor, seed: int) -> T
 def label_agreement(before: Tensor, labels: Tensor) -> Tensor:
     """Of the voxels that are no background in either, the share with the same label in both."""
     either = (before > 0) | (labels > 0)
-    return (before == labels)[either].float().mean()
+    return (before == labels)[either].float().sum() / either.sum().clamp(min=1)

@@ -21,6 +21,7 @@ from ppl_seg.data.grids import Grid
 from ppl_seg.data.labels import LabelTable
 from ppl_seg.data.loading import OwnScan, scan_on_grid
 from ppl_seg.errors import InputError
+from ppl_seg.files import file_sha256
 from ppl_seg.guides.deformations import DeformationGuide
 from ppl_seg.guides.label_maps import LabelMapGuide
 from ppl_seg.guides.scans import ScanGuide
@@ -193,4 +194,6 @@ class LearnedModel:
     def options(self, recipe: Recipe, **others: Any) -> dict[str, Any]:
         """What decides on a result besides the scan and the model: for provenance, and to skip what is done."""
         others["align"] = others.get("align") or self.align
+        if Path(others.get("mask", "")).is_file():  # another mask may come to have its name
+            others["mask_sha256"] = file_sha256(others["mask"])
         return {"recipe": recipe.to_dict(), **{name: str(value) for name, value in others.items()}}

@@ -128,7 +128,8 @@ def learn_prior(
     found = find_label_maps(label_maps, Selection(tuple(participants), tuple(sessions)))
     check_output_apart(found, out)
     needed = prior_memory(sum(math.prod(open_image(path).shape) for file in found for path in file.paths))
-    check_memory("prior", needed, available_memory(where), "free some, or use fewer label maps or coarser ones")
+    free = available_memory(torch.device("cpu"))  # where label maps are read, whatever trains
+    check_memory("prior", needed, free, "free some, or use fewer label maps or coarser ones")
     if out is not None:
         claim_model_directory(out, force, resume)
     watch = Stopwatch()
@@ -155,7 +156,7 @@ def learn_prior(
         report = prior_report(
             learned.prior, learned.guide, maps.labels, maps.observed, held_out, maps.table.names, learned.log
         )
-    report |= run_record(str(where)) | {"stages": watch.seconds}
+    report |= run_record("cpu" if chosen == WARP else str(where)) | {"stages": watch.seconds}
     config: dict[str, Any] = {
         "shape_prior": {"decoder": chosen, "latent_dim": learned.prior.latent_dim, "options": learned.options},
         "label_guide": {"family": guide, "options": {}},
@@ -172,11 +173,11 @@ def learn_prior(
         field_of_view=maps.field_of_view,
     )
     if out is not None:
+        draw_prior(model, Path(out), seed)  # before config.json, which says that all is there
         model.save(
             out,
             {"training.csv": (Path(out) / "training.csv").read_bytes(), "report.json": json.dumps(report, indent=2)},
         )
-        draw_prior(model, Path(out), seed)
         finish_training(out)
     return model
 

@@ -123,7 +123,7 @@ def segment_scans(
     placing = {"align": align, "channel_align": channel_align, "view": view}
     fixed |= placing
     chosen = loaded.checked_recipe(recipe, objective, guide, readout, likelihood_power)
-    masks = masks_of(found, mask)
+    masks, model_hash = masks_of(found, mask), loaded.hash  # the hash reads all weights: once
     jobs = [
         _Job(
             file.paths,
@@ -134,11 +134,11 @@ def segment_scans(
         for file, place, own in zip(found, places, masks, strict=True)
     ]
     endings = ["probseg.nii.gz"] * probabilities + ["draws.nii.gz"] * save_draws
-    earlier = {j.place: earlier_result(out, j.place, j.options, loaded.hash, j.paths, endings) for j in jobs}
+    earlier = {j.place: earlier_result(out, j.place, j.options, model_hash, j.paths, endings) for j in jobs}
     if "other" in earlier.values() and not force:
         folder, stem = next(place for place, found in earlier.items() if found == "other")
         raise InputError(
-            f"{out / folder / stem}_dseg.nii.gz: made from another scan, model or options; "
+            f"{out / folder / stem}_dseg.nii.gz: made from another scan, mask, model or options, or not by ppl_seg; "
             "choose another --out, or --force"
         )
     pending = {job.place: job for job in jobs if force or earlier[job.place] != "complete"}
@@ -150,7 +150,7 @@ def segment_scans(
     write_dataset_files(out, sorted({str(file.base or file.path.parent) for file in found}), __version__)
     write_label_table(out, loaded.table)
     remove_stale(out, [out / folder for folder, _ in places])
-    about = f"machine {machine(str(device_used))}, model {loaded.hash}, {len(found)} scans, options {jobs[0].options}"
+    about = f"machine {machine(str(device_used))}, model {model_hash}, {len(found)} scans, options {jobs[0].options}"
     append_log(out, f"ppl_seg {__version__}: {command_line()}\n{about}")
     report = RunReport(out)
     for job in scan_bar(jobs, progress):
@@ -190,7 +190,7 @@ class _Run:
             if is_full(error):  # the other scans would be computed for nothing
                 raise
             return {"status": "failed", "message": str(error)}
-        except (RuntimeError, MemoryError, ArithmeticError) as error:  # one bad scan must not end the run
+        except Exception as error:  # one bad scan must not end the run
             LOGGER.debug("%s", job.paths[0], exc_info=True)
             return {"status": "failed", "message": f"{type(error).__name__}: {error}"}
         return {"status": "ok", "quality": mean_quality(result), "message": "; ".join(result.image.warnings)}

@@ -15,7 +15,7 @@ from ppl_seg.errors import InputError
 CHANNEL_KINDS = ("rigid", "none")
 _SPACING = 3.0  # mm of the channel that is registered
 _LEVELS = (Level(6.0, 10_000, 60), Level(_SPACING, 30_000, 60))
-_STEPS = 8  # of intensity in the first channel, where the two are compared for the check
+_STEPS = 8  # of intensity in the first channel, where the two starts are compared
 LEAST_SHARE = 0.3  # of the first channel's observed voxels that the other observes too
 
 
@@ -38,7 +38,7 @@ def align_channel(
         seen_first, seen: observed voxels, bool, each on its own grid.
 
     Raises:
-        InputError: the two hardly overlap, or do not resemble each other where registration put them.
+        InputError: the two hardly overlap where registration, or the headers, put them.
     """
     data = np.where(seen, other.data, 0).astype(np.float32)
     if same_grid(first, other):

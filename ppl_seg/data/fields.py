@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from ppl_seg.data.freesurfer import class_of_name
+from ppl_seg.data.grids import SMALL_FIELD_OF_VIEW
 from ppl_seg.data.images import Image
 from ppl_seg.data.labels import LabelTable
 from ppl_seg.errors import InputError
 
 FIELDS = ("brain", "head", "crop")
-SMALL_FIELD_OF_VIEW = 80.0  # mm; below it the box was drawn around a structure and its centre means something
 LARGEST_BRAIN = 2.6e6  # mm³, the skull's inside in MNI space, with a margin; heads have more
 SMALLEST_BRAIN = 5e5  # mm³; less is a structure of it
 _MOST_OF_A_FACE = 0.1  # of a side of the box that a brain cut off by it covers; necks and slabs cover more

@@ -18,13 +18,15 @@ from scipy.optimize import minimize
 from torch import Tensor
 from torch.nn import functional
 
+from ppl_seg.data.geometry import spacing_of
 from ppl_seg.data.registration import Volume, coarse
 
 _BINS = 32
 _SEED = 1
-_BLUR = 0.7  # voxels of the coarse scan
+_BLUR = 0.7  # voxels of the coarse scan, at least
 _REACH = 60.0  # mm; a turn or stretch is measured by how far it moves what lies so far from the middle
-_PRECISION = {"ftol": 1e-11, "gtol": 1e-8, "maxcor": 20}
+_PRECISION = {"gtol": 1e-8, "maxcor": 20}
+FINE, ROUGH = 1e-11, 1e-7  # relative change of the information below which a search ends
 _LEAST_SEEN = 1e-3
 _SMALLEST = 1e-12  # share of the histogram
 FREEDOM = {"rigid": 3, "similarity": 4, "affine": 9}  # of the generators, besides shifts
@@ -54,11 +56,18 @@ class Comparison:
 
     @classmethod
     def of(
-        cls, classes: Volume, moving: Volume, seen: Volume, regions: Sequence[tuple[np.ndarray, int]], spacing: float
+        cls,
+        classes: Volume,
+        moving: Volume,
+        seen: Volume,
+        regions: Sequence[tuple[np.ndarray, int]],
+        spacing: float,
+        blur: float = 0.0,
     ) -> Comparison:
         """Points at random in each region (X, Y, Z) of the class volume, so many; the scan in voxels of `spacing` mm.
 
         Args:
+            blur: sd of a Gaussian, mm. Steps of the voxels are blurred away in any case.
             moving: intensities from 0 to 1, 0 where not seen. seen: 0 to 1, on the same grid.
         """
         random = np.random.default_rng(_SEED)
@@ -72,7 +81,8 @@ class Comparison:
         places = voxels + random.uniform(-0.5, 0.5, voxels.shape)
         points = places @ classes.affine[:3, :3].T + classes.affine[:3, 3]
         small = coarse(moving, spacing)
-        both = np.stack([ndimage.gaussian_filter(v.data, _BLUR) for v in (small, coarse(seen, spacing))])
+        sd = np.maximum(_BLUR, blur / np.array(spacing_of(small.affine)))
+        both = np.stack([ndimage.gaussian_filter(v.data, sd) for v in (small, coarse(seen, spacing))])
         to_voxel = torch.from_numpy(np.linalg.inv(small.affine))
         return cls(torch.from_numpy(points), torch.from_numpy(numbers), torch.from_numpy(both)[None].double(), to_voxel)
 
@@ -97,11 +107,13 @@ class Comparison:
         return (joint * ((joint + _SMALLEST) / (independent + _SMALLEST)).log()).sum() * seen.mean()
 
 
-def most_informative(comparison: Comparison, start: np.ndarray, kind: str) -> tuple[np.ndarray, float]:
+def most_informative(
+    comparison: Comparison, start: np.ndarray, kind: str, tolerance: float = FINE
+) -> tuple[np.ndarray, float]:
     """The world matrix (4, 4) of most information that L-BFGS reaches from a start, and its information.
 
     Args:
-        kind: rigid, similarity or affine: what may change of the start.
+        kind: rigid, similarity or affine: what may change of the start. tolerance: FINE or ROUGH.
     """
     freedom = FREEDOM[kind]
     begin, generators = torch.from_numpy(start), torch.from_numpy(_GENERATORS[:freedom])
@@ -118,5 +130,6 @@ def most_informative(comparison: Comparison, start: np.ndarray, kind: str) -> tu
         (gradient,) = torch.autograd.grad(value, asked)
         return value.item(), gradient.numpy()
 
-    found = minimize(loss, np.zeros(3 + freedom), jac=True, method="L-BFGS-B", options=_PRECISION)
+    options = {**_PRECISION, "ftol": tolerance}
+    found = minimize(loss, np.zeros(3 + freedom), jac=True, method="L-BFGS-B", options=options)
     return world_of(torch.from_numpy(found.x)).numpy(), -float(found.fun)

@@ -25,11 +25,6 @@ class OwnScan:
     intensities: Tensor
     observed: Tensor
 
-    @property
-    def paths(self) -> list[str]:
-        """The first channel's file."""
-        return [str(self.image.path)]
-
 
 def load_scan(paths: Sequence[Path], mask: str | Path = "auto", channel_align: str = "rigid") -> OwnScan:
     """Read a scan's channels; those on another grid are brought to the first one's.

@@ -96,11 +96,6 @@ def output_location(
     return folder / "anat", "_".join(f"{key}-{value}" for key, value in kept.items())
 
 
-def belong_together(a: Path | str, b: Path | str) -> bool:
-    """Whether two BIDS names agree in every entity both have (sub at least), `seg`, `desc`, `label` aside."""
-    return _agree(parse_name(a).entities, parse_name(b).entities)
-
-
 def counterparts(
     files: Sequence[tuple[Path, Path | None]], others: Sequence[tuple[Path, Path | None]]
 ) -> list[list[Path]]:
@@ -160,5 +155,6 @@ class _Key:
 
 
 def _agree(first: dict[str, str], second: dict[str, str]) -> bool:
+    """Whether two BIDS names agree in every entity both have (sub at least), `seg`, `desc`, `label` aside."""
     shared = (first.keys() & second.keys()) - _SAY_NOTHING_OF_THE_SOURCE
     return "sub" in shared and all(first[key] == second[key] for key in shared)

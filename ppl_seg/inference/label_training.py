@@ -21,6 +21,7 @@ PATCH = 64  # voxels: the longest side of what a training step sees of a scan
 # (scan, observed, targets, box, generator) → the box of each, deformed and recoloured at random.
 ScanAugment = Callable[[Tensor, Tensor, Tensor, Sequence[slice], torch.Generator], tuple[Tensor, Tensor, Tensor]]
 SMALLEST = 1e-8  # probability, in logarithms
+MATCHING_STEPS, MATCHING_RATE = 15, 0.7  # of `match_location`
 
 
 class LabelCrossEntropy:
@@ -72,21 +73,13 @@ def log_label_marginals(network: nn.Module, log_location_prior: Tensor, scan: Te
     """log u of whole scans, (B, M, *grid)."""
     with torch.no_grad():
         # torch's 3-D convolution of a single small volume on a CPU takes longer than of two
-        two = len(scan) == 1 and scan.dim() == 5
-        scores = network(scan.expand(2, *scan.shape[1:]), observed.expand(2, *observed.shape[1:]))[:1] if two else None
-        scores = network(scan, observed) if scores is None else scores
+        copies = 2 if len(scan) == 1 and scan.dim() == 5 else len(scan)
+        scores = network(*(x.expand(copies, *x.shape[1:]) for x in (scan, observed)))[: len(scan)]
         log_u: Tensor = (scores + log_location_prior).float().log_softmax(1)
     return log_u
 
 
-def match_location(
-    targets: Tensor,
-    observed: Tensor,
-    log_location_prior: Tensor,
-    blur: float,
-    iterations: int = 15,
-    rate: float = 0.7,
-) -> Tensor:
+def match_location(targets: Tensor, observed: Tensor, log_location_prior: Tensor, blur: float) -> Tensor:
     """Label marginals t ∝ r exp(b), with one smooth b for all scans, so that their mean over scans is the prior's.
 
     Args:
@@ -101,11 +94,11 @@ def match_location(
         return gaussian_blur(volume.unsqueeze(0), blur)[0].clamp(min=SMALLEST).log()
 
     wanted, shift = smooth(location), torch.zeros_like(location)
-    for _ in range(iterations):
+    for _ in range(MATCHING_STEPS):
         mean = location.clone()
         for r, o in zip(targets, seen, strict=True):
             mean += (r.float().clamp(min=SMALLEST).log() + shift).softmax(0) * o
-        shift = shift + rate * (wanted - smooth(mean / count))
+        shift = shift + MATCHING_RATE * (wanted - smooth(mean / count))
     for i, r in enumerate(targets):
         targets[i] = (r.float().clamp(min=SMALLEST).log() + shift).softmax(0).to(targets.dtype)
     return targets

@@ -12,7 +12,7 @@ from .expectation import MapOptions
 from .objectives import OBJECTIVES
 
 USUAL_POWER = 0.05  # β, where nothing else is said
-BRAIN_POWER = 0.00125  # β of brains, for each mm³ of a voxel: 0.01 on a grid of 2 mm
+BRAIN_POWER = 0.00625  # β of brains, for each mm³ of a voxel: 0.05 on a grid of 2 mm
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,9 @@ class Recipe:
         classes: intensity classes from the label `table`, or a class for every one of the `labels`.
         background_components, components: Gaussians of the background's class and of every other class.
         maps: how background weight maps are learned; None for constant weights.
-        pseudo: conjugate penalty of θ. likelihood_power: β; None by the field of view, see `beta`.
+        pseudo: conjugate penalty of θ. likelihood_power: β; None leaves it to `recipe_for_field`, else USUAL_POWER.
+        mask_background: how often background lies within a brain mask, see `IntensityModel`; 1: a mask says nothing.
+        readout_power: κ, of p(x|s) in the label marginals, for voxels of 1 mm; see `power_at`.
         readout: `marginals`, argmax of the label marginals; `decoder`, argmax of f.
         em_iterations: EM steps of θ under the location prior, before z is inferred; 0 leaves θ at its start.
         sleep_steps, steps: training steps of q(z|x) on simulated and on real scans.

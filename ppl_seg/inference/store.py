@@ -84,16 +84,6 @@ def load_model_files(directory: str | os.PathLike[str]) -> tuple[dict[str, Any],
     return {key: value for key, value in config.items() if key not in _RESERVED}, tensors
 
 
-def model_hash(directory: str | os.PathLike[str]) -> str:
-    """SHA-256 (hex) of what the model computes: its configuration and weights, not its logs and figures.
-
-    The weights' own hash is taken from config.json; `load_model_files` is what verifies it.
-    """
-    config = _read_config(Path(directory))
-    weights = config.pop("sha256")[WEIGHTS]
-    return hashlib.sha256(json.dumps([config, weights], sort_keys=True).encode()).hexdigest()
-
-
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     """The safetensors form of `tensors`; copies, because shared and channels_last memory is refused there."""
     own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ppl_seg.data.folders import DESCRIPTION
 from ppl_seg.errors import InputError
 from ppl_seg.files import cannot_write, make_folder, write_text
 from ppl_seg.results.staging import LOG, locked
@@ -59,7 +60,7 @@ def write_dataset_files(out_dir: str | Path, sources: Sequence[str | Path], vers
 
 
 def _write_dataset_files(out_dir: Path, sources: Sequence[str | Path], version: str) -> None:
-    path = out_dir / "dataset_description.json"
+    path = out_dir / DESCRIPTION
     urls = list(dict.fromkeys([*_recorded_sources(path), *(Path(source).resolve().as_uri() for source in sources)]))
     description = {
         "Name": "ppl_seg segmentations",

@@ -37,9 +37,9 @@ class Readout:
     """What the draws say, in the scan's own voxels (X, Y, Z).
 
     labels: argmax of the marginals, positions. confidence: its marginal probability. entropy: of the marginals, nats.
-    counts: (S, M) voxels of each label in each drawn segmentation. log_likelihood: (S,) log p(x | z) of each draw over
-    the scan's own observed voxels, β not applied. draws: (S, X, Y, Z) positions, uint8 or int16, or None. marginals:
-    (M, X, Y, Z), averaged over draws of z, or None.
+    counts: (S, M) voxels of each label in each drawn segmentation. log_likelihood: (S,) of each draw, over the scan's
+    own observed voxels, Σ_j log Σ_m f p(x|m)^power u: log p(x | z) where power is 1 and there is no u; β not applied.
+    draws: (S, X, Y, Z) positions, uint8 or int16, or None. marginals: (M, X, Y, Z), averaged over draws of z, or None.
     """
 
     labels: Tensor
@@ -80,8 +80,8 @@ def read_out(
         keep_draws, keep_marginals: keep every drawn segmentation, the label marginals.
         region: bool, (X, Y, Z), the mask: what may be something else than background; None for everything.
         share: of the usual working memory; less takes longer.
-        log_factor: log u of a label guide on the prior's grid, (M, *grid): r ∝ f p(x|m) u where the scan is observed,
-            and log_likelihood is that of p(x|m) u, at most log p(x|z).
+        log_factor: log u of a label guide on the prior's grid, (M, *grid): r ∝ f p(x|m) u where the scan is observed.
+        power: κ, r ∝ f p(x|m)^κ.
     """
     own, total, count = tuple(scan.shape[1:]), scan[0].numel(), model.shape_prior.num_labels
     reader = _Reader(model, theta.detach(), scan, observed, matrix, name, log_factor, power)
@@ -179,7 +179,7 @@ class _Reader:
             sums: (M, V), to which marginals are added. seed: of the drawn labels.
 
         Returns:
-            counts, (G, M), of the drawn labels; log p(x | z) of the block's observed voxels, (G,) float64.
+            counts, (G, M), of the drawn labels; log_likelihood of the block's observed voxels, (G,) float64.
         """
         labels, group = len(scores), scores.shape[-1]
         index, weight = linear_rows(positions(voxels, self.own, self.to_grid), self.grid, self.kernels)
@@ -218,7 +218,7 @@ class _Reader:
         return f
 
     def _likelihood(self, voxels: Tensor, corners: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """p(x | label), times u where there is one, of own voxels over its peak, (M, V); the peak's logarithm, (V,)."""
+        """p(x | label)^power, times u where there is one, of own voxels over its peak, (M, V); the peak's log, (V,)."""
         theta = self.theta
         if theta.background_log_weight is not None:
             maps = weighted_rows(theta.background_log_weight[:, corners].exp().unsqueeze(-1), index, weight)

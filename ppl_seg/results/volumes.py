@@ -18,24 +18,14 @@ COLUMNS = ("scan", "structure", "volume_mm3", "q05", "q50", "q95", "draws", "tou
 SIZE_COLUMNS = ("brain_volume_mm3", "prior_scale")
 
 
-def border_flags(label_map: np.ndarray, table: LabelTable, field_of_view: np.ndarray | None = None) -> np.ndarray:
-    """Which labels reach the border of the field of view, (M,) bool.
+def border_flags(label_map: np.ndarray, table: LabelTable) -> np.ndarray:
+    """Which labels have a voxel at a face of the array, (M,) bool.
 
-    A label reaches it where one of its voxels has a face neighbour outside the array or outside
-    `field_of_view` (X, Y, Z) bool; axes of length 1 have no border (a single slice is not cut). A brain mask
-    is no field of view: the surface of a brain is not where the scan ends.
+    Axes of length 1 have no border (a single slice is not cut). The surface of a brain mask is none: it is not where
+    the scan ends.
     """
-    inside = np.ones(label_map.shape, bool) if field_of_view is None else np.asarray(field_of_view, bool)
-    inner = inside.copy()
-    for axis, length in enumerate(inside.shape):
-        if length == 1:
-            continue
-        before, here = np.moveaxis(inside, axis, 0), np.moveaxis(inner, axis, 0)
-        here[0] = here[-1] = False
-        here[1:] &= before[:-1]
-        here[:-1] &= before[1:]
-    at_border = np.unique(label_map[inside & ~inner])
-    return np.isin(np.asarray(table.indices), at_border)
+    faces = [label_map.take((0, -1), axis) for axis, length in enumerate(label_map.shape) if length > 1]
+    return np.isin(np.asarray(table.indices), np.concatenate([face.ravel() for face in faces]))
 
 
 def label_quality(positions: np.ndarray, confidence: np.ndarray, labels: int) -> np.ndarray:

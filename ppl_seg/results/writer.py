@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
+from ppl_seg.data.folders import DESCRIPTION
 from ppl_seg.data.images import write_image, write_probabilities
 from ppl_seg.data.names import parse_name
 from ppl_seg.files import file_sha256, remove, replacing, write_text
@@ -116,12 +117,14 @@ def earlier_result(
 ) -> Literal["absent", "other", "partial", "complete"]:
     """What is there of the segmentation of `sources` with these options (the provenance's) and this model.
 
-    other: of other files, options or model. partial: the same, but files are missing, or one of `endings`
-    (probseg.nii.gz) was not asked for then.
+    other: of other files, options or model, or not ours. partial: the same, but files are missing, or one of
+    `endings` (probseg.nii.gz) was not asked for then.
     """
     content = recorded(out_dir, location)
     if content is None:
-        return "absent"
+        there = (Path(out_dir) / location[0] / f"{location[1]}_dseg.nii.gz").exists()
+        ours = (Path(out_dir) / DESCRIPTION).exists()  # then a killed run left it
+        return "other" if there and not ours else "absent"
     if content.get("Options") != _plain(options) or content.get("ModelHash") != model_hash:
         return "other"
     try:

@@ -52,6 +52,15 @@ def test_a_head_in_any_contrast(contrast):
     )
 
 
+def test_voxels_that_are_not_numbers_do_not_count():
+    classes, affine = head_labels()
+    affine, world = moved(affine, (0, 0, 0), (12, -8, 10), (1.0, 1.0, 1.0))
+    image = scan_of(classes, affine, BRIGHT)
+    image.data[:4] = np.nan
+    found = align_scan("rigid", image, np.isfinite(image.data), atlas(), "head")
+    assert error_in_mm(found, world) < SPACING / 2
+
+
 @pytest.mark.parametrize("prior_of_heads", [False, True])
 def test_a_brain(prior_of_heads):
     classes, affine = head_labels(heads=False)
@@ -80,8 +89,6 @@ def test_rigid_has_no_scale():
 def test_the_order_of_voxels_does_not_matter(linear):
     classes, affine = head_labels(heads=False)
     plain = scan_of(classes, affine, BRIGHT)
-    axes = [int(np.abs(column).argmax()) for column in np.linalg.inv(linear)]
-    order = np.eye(4)
     turned, shape = plain.data, plain.shape
     inverse = np.zeros((4, 4))
     inverse[3, 3] = 1
@@ -93,7 +100,6 @@ def test_the_order_of_voxels_does_not_matter(linear):
         if sign < 0:
             turned = np.flip(turned, k)
             inverse[old, 3] = shape[old] - 1
-    assert sorted(axes) == [0, 1, 2] and order.shape == (4, 4)
     image = replace(plain, data=np.ascontiguousarray(turned), affine=plain.affine @ inverse)
     one = align_scan("affine", plain, observed_of(plain), atlas(False), "brain")
     other = align_scan("affine", image, observed_of(image), atlas(False), "brain")

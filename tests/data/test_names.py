@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from ppl_seg.data.names import (
-    belong_together,
     is_scan_name,
     last_word,
     match_files,
@@ -61,12 +60,21 @@ def test_scan_names():
         assert not is_scan_name(name)
 
 
-def test_matching():
-    assert belong_together("sub-1_run-1_seg-ppl_desc-T1w_dseg.nii.gz", "sub-1_run-1_dseg.nii.gz")
-    assert belong_together("sub-1_ses-1_T1w.nii", "sub-1_desc-brain_mask.nii")
-    assert not belong_together("sub-1_run-1_dseg.nii.gz", "sub-1_run-2_dseg.nii.gz")
-    assert not belong_together("sub-1_dseg.nii", "sub-2_dseg.nii") and not belong_together("a.nii", "a.nii")
+@pytest.mark.parametrize(
+    ("name", "other", "together"),
+    [
+        ("sub-1_run-1_seg-ppl_desc-T1w_dseg.nii.gz", "sub-1_run-1_dseg.nii.gz", True),
+        ("sub-1_ses-1_T1w.nii", "sub-1_desc-brain_mask.nii", True),
+        ("sub-1_run-1_dseg.nii.gz", "sub-1_run-2_dseg.nii.gz", False),
+        ("sub-1_dseg.nii", "sub-2_dseg.nii", False),
+        ("sub-1_dseg.nii", "a.nii", False),
+    ],
+)
+def test_what_belongs_together(name, other, together):
+    assert match_files([(Path(name), None)], [(Path(other), None)])[0] == [(Path(name), Path(other))] * together
 
+
+def test_matching():
     def files(folder, *names):
         return [(Path(folder) / name, Path(folder)) for name in names]
 

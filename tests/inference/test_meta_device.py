@@ -10,20 +10,24 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from ppl_seg.guides.deformations import DeformationGuide
 from ppl_seg.guides.encoders import ConvolutionalEncoder
 from ppl_seg.guides.families import FAMILIES, build_family
 from ppl_seg.guides.label_factors import LabelFactorGuide
 from ppl_seg.guides.label_maps import LabelMapGuide
+from ppl_seg.guides.label_network import LabelNetwork
 from ppl_seg.guides.per_scan import PerScanGuide
 from ppl_seg.guides.scans import ScanGuide
 from ppl_seg.inference.expectation import MapOptions, expectation_maximisation, initial_theta
 from ppl_seg.models.decoders import DECODERS, build_decoder
+from ppl_seg.models.guided_intensity import outside_log_factor, with_label_factor, with_log_factor
 from ppl_seg.models.intensity import IntensityModel, IntensityParameters
 from ppl_seg.models.intensity_prior import IntensityPrior, SharedIntensity
 from ppl_seg.models.label_mixture import LabelMixture
 from ppl_seg.models.normalisation import normalise
 from ppl_seg.models.segmentation import SegmentationModel
 from ppl_seg.models.shape_prior import ShapeModel, ShapePrior, location_prior
+from ppl_seg.models.warped_atlas import WarpedAtlas
 
 META = torch.device("meta")
 B, C, M, D = 2, 2, 4, 3
@@ -46,11 +50,21 @@ def intensity() -> IntensityModel:
     return IntensityModel((0, 1, 2, 1), (2, 1, 3), channels=C).to(META)
 
 
+def warped_atlas(grid: tuple[int, ...]) -> WarpedAtlas:
+    return WarpedAtlas(torch.full((M, *grid), 1 / M), control=8).to(META)
+
+
 def theta(grid: tuple[int, ...], maps: bool, batch: int = B) -> IntensityParameters:
     J = torch.Size(grid).numel()
     shapes = [(batch, 6, C), (batch, 6, C), (batch, 6), (2, J)]
     tensors = [torch.empty(s, device=META, requires_grad=True) for s in shapes]
     return IntensityParameters(*tensors[:3], tensors[3] if maps else None)
+
+
+def on_cpu(there: IntensityParameters) -> IntensityParameters:
+    maps = there.background_log_weight
+    filled = [torch.ones(t.shape) for t in (there.mean, there.sd, there.log_weight)]
+    return IntensityParameters(*filled, None if maps is None else torch.ones(maps.shape))
 
 
 def data(grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -101,7 +115,7 @@ def test_model_given_a_scan(form: str, maps: bool, grid: tuple[int, ...]) -> Non
 @pytest.mark.parametrize("form", ["collapsed", "enumerated"])
 def test_model_with_observed_left_out_and_shared_theta(form: str, grid: tuple[int, ...]) -> None:
     parameters = intensity()
-    shared = SharedIntensity(parameters, theta(grid, False, 1).detach())
+    shared = SharedIntensity(parameters, on_cpu(theta(grid, True, 1))).to(META)
     model = SegmentationModel(shape_prior(grid), parameters, form=form, shared_intensity=shared)
     backward(poutine.trace(model).get_trace(data(grid)[0]).log_prob_sum())
     for parameter in shared.parameters():
@@ -187,3 +201,32 @@ def test_em(factor: str, grid: tuple[int, ...]) -> None:
     assert found.background_log_weight is not None
     for tensor in (found.mean, found.sd, found.log_weight, found.background_log_weight):
         assert tensor.device == META
+
+
+@each_grid
+def test_warped_atlas(grid: tuple[int, ...]) -> None:
+    atlas = warped_atlas(grid)
+    z = torch.empty(2, atlas.latent_dim, device=META, requires_grad=True)
+    assert atlas.log_label_probs(z).shape == (2, M, *grid)
+    backward(atlas.log_label_probs(z))
+    voxels = torch.empty(7, dtype=torch.long, device=META)
+    backward(atlas.label_log_prob(z[0], voxels, voxels))
+    assert atlas.z_of(atlas.coefficients(z)).device == META
+
+
+def test_the_guide_of_an_atlas_takes_it_along() -> None:
+    atlas = WarpedAtlas(torch.full((M, 16, 12, 10), 1 / M), control=8)
+    guide = DeformationGuide(atlas, build_family("mean-field", atlas.latent_dim)).to(META)
+    assert guide is not atlas and atlas.log_location_prior.device == META and not guide.state_dict()
+
+
+@each_grid
+def test_em_with_a_label_network(grid: tuple[int, ...]) -> None:
+    model, (scan, observed) = SegmentationModel(shape_prior(grid), intensity(), 0.3), data(grid)
+    with torch.no_grad():
+        factor = LabelNetwork(C, M, grid, width=8).to(META)(scan, observed) + outside_log_factor(observed, M, 0.2)
+        guided, scans = with_label_factor(model), with_log_factor(scan, observed, factor)
+        z = torch.empty(3, B, D, device=META)
+        found = expectation_maximisation(guided, *scans, theta(grid, True), z, 1, maps=MapOptions())
+    assert found.mean.shape == (B, 6, C) and found.mean.device == META
+    backward(poutine.trace(guided).get_trace(*scans, theta(grid, True)).log_prob_sum())

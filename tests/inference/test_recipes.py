@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ppl_seg.inference.recipes import RECIPES, build_recipe, recipe_for_field
+from ppl_seg.inference.recipes import BRAIN_POWER, RECIPES, build_recipe, recipe_for_field
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -20,7 +20,7 @@ def test_heads_do_not_need_to_agree_with_the_prior_on_average(name: str) -> None
 def test_brains_get_constant_background_weights_and_two_gaussians() -> None:
     recipe = recipe_for_field(build_recipe("default"), "brain", 8.0)
     assert recipe.maps is None and recipe.components == 2
-    assert recipe.readout_power < 1 and recipe.beta < 0.05
+    assert recipe.readout_power < 1 and recipe.beta == pytest.approx(8 * BRAIN_POWER)
     assert recipe.mask_background == 1 > recipe_for_field(recipe, "brain", 8.0, warped=True).mask_background
     assert recipe_for_field(recipe, "brain", 8.0) == recipe
     coarse = recipe_for_field(build_recipe("default"), "brain", 64.0)

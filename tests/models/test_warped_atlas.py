@@ -104,9 +104,3 @@ def test_corners_weigh_as_multilinear_interpolation() -> None:
     found = sum(volume.flatten()[index] * weight for index, weight in corners_of(places, GRID))
     expected = map_coordinates(volume.numpy(), places.numpy(), order=1, mode="nearest")
     np.testing.assert_allclose(torch.as_tensor(found).numpy(), expected)
-
-
-def test_no_tensor_is_made_on_the_wrong_device() -> None:
-    model = atlas().to("meta")
-    z = torch.empty(2, model.latent_dim, device="meta", dtype=torch.float64)
-    assert model.label_scores(z).device.type == "meta"

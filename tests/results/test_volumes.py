@@ -92,16 +92,6 @@ def test_a_structure_in_the_middle_touches_no_border():
     assert border_flags(label_map, TABLE).tolist() == [True, False, True]
 
 
-def test_the_field_of_view_is_a_border():
-    label_map = np.zeros((7, 7, 7), int)
-    label_map[2:4, 3, 3] = 3
-    field_of_view = np.zeros((7, 7, 7), bool)
-    field_of_view[1:6, 1:6, 1:6] = True
-    assert not border_flags(label_map, TABLE, field_of_view)[1]
-    field_of_view[:2] = False
-    assert border_flags(label_map, TABLE, field_of_view)[1]
-
-
 def test_a_single_slice_has_no_border_across():
     label_map = np.zeros((5, 5, 1), int)
     label_map[2, 2, 0] = 3

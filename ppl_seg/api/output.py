@@ -33,7 +33,7 @@ def is_finished(directory: str | Path | None, resume: bool) -> bool:
     finished = (folder / "config.json").is_file() and not (folder / "checkpoint.json").exists()
     if finished:
         finish_training(folder)
-        say([f"{folder}: finished already; nothing to resume"])
+        say([f"{folder}: finished already, of whatever inputs; nothing to resume"])
     return finished
 
 

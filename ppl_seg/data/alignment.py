@@ -233,8 +233,12 @@ def _checked(pair: _Pair, kind: str, world: np.ndarray, image: Image, observed: 
     matrix = np.linalg.inv(image.affine) @ world @ grid.affine
     stretch = np.linalg.svd(world[:3, :3], compute_uv=False)
     scale = float(np.linalg.det(world[:3, :3]))
-    if not SCALES[0] < scale < SCALES[1] or stretch[0] > MOST_STRETCH * stretch[-1]:
-        raise failed(image, f"the best match would change volumes {scale:.2f}-fold and stretch unevenly")
+    if not SCALES[0] < scale < SCALES[1]:
+        raise failed(image, f"the best match would change volumes {scale:.2f}-fold")
+    if stretch[0] > MOST_STRETCH * stretch[-1]:
+        raise failed(
+            image, f"the best match would stretch one direction {stretch[0] / stretch[-1]:.1f} times as another"
+        )
     brain = pair.atlas.brain > 0.5
     within = inside(matrix, image.shape, grid.shape).numpy()
     if pair.field == "brain":

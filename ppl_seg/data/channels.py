@@ -71,7 +71,7 @@ def _registered(first: Image, seen_first: np.ndarray, other: Image, seen: np.nda
     world = max((np.eye(4), centred), key=information)
     try:
         for level in _LEVELS:
-            world, _ = register(fixed, moving, world, "mutual-information", level, region)
+            world = register(fixed, moving, world, "mutual-information", level, region)
     except RuntimeError as error:  # SimpleITK: all points left the image
         raise failed(other, f"it does not overlap with {first.path}") from error
     return world

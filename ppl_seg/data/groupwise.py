@@ -80,7 +80,7 @@ def align_maps(
             masks = [one.mask for one in maps]
             mean = Volume(_mean(masks, worlds, target), target.affine)
             pairs = zip(masks, worlds, strict=True)
-            found = [register(mean, mask, world, "squares", _MASKS)[0] for mask, world in pairs]
+            found = [register(mean, mask, world, "squares", _MASKS) for mask, world in pairs]
         else:
             # the mean of maps that are turned against each other is blurred: the first round is towards one of them
             some = slice(typical, typical + 1) if number == 1 else slice(None)

@@ -52,7 +52,7 @@ def register(
     metric: str,
     level: Level,
     region: np.ndarray | None = None,
-) -> tuple[np.ndarray, float]:
+) -> np.ndarray:
     """Improve a world matrix by a turn and a shift (6 parameters; its own scales stay): gradient steps on a metric.
 
     Args:
@@ -60,9 +60,6 @@ def register(
         start: world matrix.
         metric: `mutual-information` (Mattes) or `squares` (mean squared difference).
         level: the moving volume is brought to its spacing first. region: voxels of `fixed` that count, (X, Y, Z).
-
-    Returns:
-        (world matrix, metric there; smaller is better for both metrics).
 
     Raises:
         RuntimeError: the volumes do not overlap at the start.
@@ -94,7 +91,7 @@ def register(
     linear, shift = np.array(step.GetMatrix()).reshape(3, 3), np.array(step.GetTranslation())
     found = np.eye(4)
     found[:3, :3], found[:3, 3] = linear, shift + centre - linear @ centre
-    return start @ _LPS @ found @ _LPS, float(method.GetMetricValue())
+    return np.asarray(start @ _LPS @ found @ _LPS)
 
 
 def write_transform(path: str | Path, world: np.ndarray) -> None:

@@ -24,6 +24,7 @@ _STARTS = 3  # of the lattice that are improved
 _COARSE = 6.0  # mm of the scan at first
 _BLUR = 1.5  # of both, times those mm; half of it leaves several optima tenths of a millimetre apart
 _POINTS, _SOME_POINTS, _FINE_POINTS = 8_000, 40_000, 120_000  # of the prior: at first, in between, and at last
+_STIFFNESS = 3.0  # nats, on the way there: information alone may shrink a head of little contrast to half
 _NUDGES, _NUDGE, _TILT = 4, 1.0, 0.01  # how often, mm, radians: the optimum is left and looked for again
 _SEED = 1
 _ELSEWHERE = 0.25  # share of the points that lie beyond the brain's rim, where the prior knows classes there
@@ -206,7 +207,7 @@ def _registered(pair: _Pair, kind: str) -> np.ndarray:
     tried = []
     for world in best_starts(probe, pair.start, shifts, _STARTS):
         for stage in stages:
-            world, information = most_informative(first, world, stage)
+            world, information = most_informative(first, world, stage, stiffness=_STIFFNESS)
         tried.append((world, information))
     # few scans have a single optimum: of those that lie about a millimetre apart, the best of all
     some = pair.mostly_near(_SOME_POINTS)

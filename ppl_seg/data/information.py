@@ -108,12 +108,13 @@ class Comparison:
 
 
 def most_informative(
-    comparison: Comparison, start: np.ndarray, kind: str, tolerance: float = FINE
+    comparison: Comparison, start: np.ndarray, kind: str, tolerance: float = FINE, stiffness: float = 0.0
 ) -> tuple[np.ndarray, float]:
     """The world matrix (4, 4) of most information that L-BFGS reaches from a start, and its information.
 
     Args:
         kind: rigid, similarity or affine: what may change of the start. tolerance: FINE or ROUGH.
+        stiffness: nats that half the squared sum of all scales, shears and stretches (logarithms) costs.
     """
     freedom = FREEDOM[kind]
     begin, generators = torch.from_numpy(start), torch.from_numpy(_GENERATORS[:freedom])
@@ -126,7 +127,8 @@ def most_informative(
 
     def loss(values: np.ndarray) -> tuple[float, np.ndarray]:
         asked = torch.tensor(values, requires_grad=True)
-        value = -comparison.information(world_of(asked))
+        strain = asked[6:] / _REACH
+        value = 0.5 * stiffness * strain.square().sum() - comparison.information(world_of(asked))
         (gradient,) = torch.autograd.grad(value, asked)
         return value.item(), gradient.numpy()
 

@@ -68,3 +68,16 @@ def test_the_optimum_does_not_depend_on_the_start(kind):
         assert np.linalg.norm(points @ (other - found[0][0]).T, axis=1).max() < 0.2  # mm
         assert information == pytest.approx(found[0][1], abs=1e-5)
     assert np.linalg.norm(points @ (found[0][0] - world).T, axis=1).max() < 1.0
+
+
+def test_stiffness_costs_stretches_and_no_turns():
+    affine, _ = moved(head_labels()[1], (4, -3, 5), (6, 4, -5), (1.1, 0.95, 1.0))
+    compared = comparison(INVERTED, affine)
+    strains = []
+    for stiffness in (0.0, 3.0, 300.0):
+        found, _ = most_informative(compared, np.eye(4), "affine", stiffness=stiffness)
+        stretch = np.linalg.svd(found[:3, :3], compute_uv=False)
+        strains.append(float(np.abs(np.log(stretch)).max()))
+    assert strains[0] == pytest.approx(np.log(1.1), abs=0.02)
+    assert strains[0] > strains[1] > strains[2] and strains[2] < 0.02
+    assert np.linalg.norm(found[:3, :3] - np.eye(3)) > 0.1  # turned all the same

@@ -22,7 +22,8 @@ KINDS = ("none", "center", "rigid", "affine")
 _SPACING = 2.0  # mm of the scan that is registered
 _STARTS = 3  # of the lattice that are improved
 _COARSE = 6.0  # mm of the scan at first
-_BLUR = 1.5  # of both, times those mm; half of it leaves several optima tenths of a millimetre apart
+# sd of both, times those mm. Of heads half of it leaves several optima tenths of a millimetre apart; brains fit better
+_BLUR = {"brain": 0.7, "head": 1.5, "crop": 0.7}
 _POINTS, _SOME_POINTS, _FINE_POINTS = 8_000, 40_000, 120_000  # of the prior: at first, in between, and at last
 _STIFFNESS = 3.0  # nats, on the way there: information alone may shrink a head of little contrast to half
 _NUDGES, _NUDGE, _TILT = 4, 1.0, 0.01  # how often, mm, radians: the optimum is left and looked for again
@@ -177,21 +178,26 @@ class _Pair:
     def everywhere(self) -> Comparison:
         """The scan in coarse voxels at points of all that counts, for the way there."""
         return Comparison.of(
-            self.classes, self.moving, self.seen, [(self.near | self.beyond, _POINTS)], _COARSE, _BLUR * _COARSE
+            self.classes,
+            self.moving,
+            self.seen,
+            [(self.near | self.beyond, _POINTS)],
+            _COARSE,
+            _BLUR[self.field] * _COARSE,
         )
 
     def mostly_near(self, points: int = _FINE_POINTS) -> Comparison:
         """The scan in finer voxels at points of the brain, and of others that keep it from growing into the skull."""
         beyond = round(_ELSEWHERE * points) if self.beyond.any() else 0
         regions = [(self.near, points - beyond), (self.beyond, beyond)]
-        return Comparison.of(self.classes, self.moving, self.seen, regions, _SPACING, _BLUR * _SPACING)
+        return Comparison.of(self.classes, self.moving, self.seen, regions, _SPACING, _BLUR[self.field] * _SPACING)
 
     def judge(self) -> Comparison:
         """What a registration is judged by: for a brain, whose outline any mask has, what lies within."""
         if self.field != "brain":
             return self.mostly_near()
         within = [(self.atlas.brain > 0.5, _FINE_POINTS)]
-        return Comparison.of(self.classes, self.moving, self.observed, within, _SPACING, _BLUR * _SPACING)
+        return Comparison.of(self.classes, self.moving, self.observed, within, _SPACING, _BLUR[self.field] * _SPACING)
 
 
 def _registered(pair: _Pair, kind: str) -> np.ndarray:

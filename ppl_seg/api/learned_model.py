@@ -155,7 +155,7 @@ class LearnedModel:
         anywhere = own.observed.any(0).numpy()
         view = view or field_of_scan(own.image, anywhere)
         alignment = align_scan(align or self.align, own.image, anywhere, self.atlas(), view)
-        if view != "crop" or alignment.overlap is not None:
+        if alignment.overlap is not None or (alignment.kind == "center" and view != "crop"):
             overlap = "" if alignment.overlap is None else f", overlap {alignment.overlap:.2f}"
             say([f"{own.image.path}: a {view}; --align {alignment.kind}{overlap}"])
         scan, observed = scan_on_grid(normalised, own.observed, alignment.matrix, self.grid.shape)

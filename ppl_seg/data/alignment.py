@@ -39,7 +39,8 @@ FEWEST_VOXELS = 16  # along each axis, of what can be registered
 LEAST_OVERLAP = 0.7  # Dice of a brain's mask with the prior's brain is less (right: from 0.91)
 LEAST_COVERAGE = 0.4  # the share of the prior's brain that lies in a head's field of view is less (right: from 0.98)
 # the information is less than so many times that of places 20 mm away (right: brains from 2.2, in real contrasts from
-# 4.3, heads from 1.6, in real contrasts from 2.9; noise in a brain's mask up to 1.0, smoothed to structures 1.5)
+# 4.3, heads from 1.4, in real contrasts from 2.9; noise in a brain's mask up to 1.0, smoothed to structures 1.5, as a
+# head 0.3, smoothed 1.3)
 LEAST_GAIN = {"brain": 1.8, "head": 1.3, "crop": 1.5}
 SCALES = (0.5, 2.0)  # the volume changes by more (right: 0.8 to 1.2; a ball 0.45; noise, other anatomy: below 0.1)
 MOST_STRETCH = 1.5  # one direction is stretched so many times more than another (right: up to 1.2)

@@ -9,12 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ppl_seg.errors import InputError
 from ppl_seg.files import remove, remove_temporaries, write_text
 from ppl_seg.inference.checkpoint import remove_checkpoint
-from ppl_seg.inference.training_options import resolve_device
 
 LOGGER = logging.getLogger("ppl_seg")
 ASLEEP = "asleep"  # folder of the checkpoint of a fit's first training
@@ -26,14 +23,6 @@ def say(messages: Sequence[str]) -> None:
     """Tell the user what was assumed; the command line shows it on stderr."""
     for message in messages:
         LOGGER.info(message)
-
-
-def chosen_device(device: str) -> torch.device:
-    """As `resolve_device`; told, where `auto` falls to the CPU."""
-    where = resolve_device(device)
-    if device == "auto" and where.type == "cpu":
-        say(["no GPU found: computing on the CPU"])
-    return where
 
 
 def is_finished(directory: str | Path | None, resume: bool) -> bool:

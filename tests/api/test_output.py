@@ -5,30 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from ppl_seg.api.output import (
-    ASLEEP,
-    BEGUN,
-    begin_training,
-    chosen_device,
-    claim_model_directory,
-    finish_training,
-    is_finished,
-)
+from ppl_seg.api.output import ASLEEP, BEGUN, begin_training, claim_model_directory, finish_training, is_finished
 from ppl_seg.errors import InputError
 
 
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
-
-
-@pytest.mark.parametrize("device", ["auto", "cpu"])
-def test_falling_to_the_cpu_is_told(
-    device: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with caplog.at_level("INFO", logger="ppl_seg"):
-        assert chosen_device(device).type == "cpu"
-    assert ("no GPU found" in caplog.text) == (device == "auto")
 
 
 def test_a_training_is_resumed_with_what_it_began(tmp_path: Path) -> None:

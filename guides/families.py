@@ -98,7 +98,7 @@ class _LowRankNormal(dist.LowRankMultivariateNormal):
 def _kl_to_normals(q: Any, log_det: Tensor, p: Independent[Any]) -> Tensor:
     """½ Σ_i [(Σ_ii + (μ_i − m_i)²)/s_i² − 1 + log s_i²] − ½ log det Σ: a normal to independent normals."""
     if not isinstance(p.base_dist, Normal) or p.reinterpreted_batch_ndims != 1:
-        raise NotImplementedError  # how torch's kl_divergence says that no formula is known
+        return kl_divergence(q, p.base_dist)  # torch knows no formula and says so; Pyro's objectives then sample it
     variance = p.base_dist.scale.square()
     spread = q.variance + (q.loc - p.base_dist.loc).square()
     return 0.5 * ((spread / variance - 1 + variance.log()).sum(-1) - log_det)

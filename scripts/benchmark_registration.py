@@ -33,6 +33,7 @@ from ppl_seg import learn_prior
 from ppl_seg.api import Model
 from ppl_seg.data.cohort import find_label_maps
 from ppl_seg.data.images import read_label_map
+from ppl_seg.data.registration import rigid_move
 from ppl_seg.errors import InputError
 from ppl_seg.results.segmentation import Segmentation
 from ppl_seg.results.tables import write_table
@@ -54,10 +55,8 @@ class Options:
 def random_move(affine: np.ndarray, shape: tuple[int, int, int], generator: np.random.Generator) -> np.ndarray:
     """(4, 4): the affine after a turn about the image's middle and a shift."""
     middle = (affine @ [*((np.array(shape) - 1) / 2), 1.0])[:3]
-    move = np.eye(4)
-    move[:3, :3] = Rotation.from_euler("xyz", generator.uniform(-TURN, TURN, 3), degrees=True).as_matrix()
-    move[:3, 3] = middle - move[:3, :3] @ middle + generator.uniform(-SHIFT, SHIFT, 3)
-    return np.asarray(move @ affine)
+    turn = Rotation.from_euler("xyz", generator.uniform(-TURN, TURN, 3), degrees=True)
+    return np.asarray(rigid_move(turn, middle, generator.uniform(-SHIFT, SHIFT, 3)) @ affine)
 
 
 def compare(unmoved: Segmentation, moved: Segmentation) -> list[dict[str, Any]]:

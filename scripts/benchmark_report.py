@@ -30,7 +30,7 @@ ALIKE = ("Cerebral-White-Matter", "Cerebellum-White-Matter", "Cerebellum-Cortex"
 ALIKE += ("Accumbens", "4th-Ventricle")  # structures that Neuromorphometrics' protocol and FreeSurfer draw alike
 NEAR = 3  # voxels around the structures that count for the reliability: easy background dilutes errors
 BUDGET = ("prior", "fit", "segment-d")  # stages that count
-BUDGETS = {"hippocampus": 30 * 60, "oasis": 60 * 60}  # seconds
+BUDGETS = {"hippocampus": 60 * 60, "oasis": 60 * 60}  # seconds
 Rows = list[dict[str, Any]]
 
 

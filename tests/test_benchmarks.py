@@ -155,7 +155,7 @@ def test_accuracy_of_all_rows(data: Path, tmp_path: Path) -> None:
     assert rows == ["0", "a", "n", "b", "b-jensen", "c", "c-jensen", "d", "d-jensen", "f", "e-f", "e-r"]
     page = (tmp_path / "summary.md").read_text(encoding="utf-8")
     assert re.search(r"Best of b–d: [bcd], 0\.\d+; minus \(a\): [+-]0\.\d+ \[", page)
-    assert re.search(r"\(f\) minus [bcd]: [+-]0\.\d+", page) and "s of 1800 s, kept" in page
+    assert re.search(r"\(f\) minus [bcd]: [+-]0\.\d+", page) and "s of 3600 s, kept" in page
     assert len(re.findall(r"Calibration error .* (marginal|jensen): 0\.\d+", page)) == 2
     for name in ("benchmark.png", "steps_marginal.png", "steps_jensen.png", "reliability.png"):
         assert (tmp_path / name).stat().st_size > 5000

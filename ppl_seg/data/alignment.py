@@ -13,7 +13,7 @@ from scipy.spatial.transform import Rotation
 from ppl_seg.data.grids import Grid, Placed, alignment_matrix
 from ppl_seg.data.images import Image
 from ppl_seg.data.information import ROUGH, Comparison, most_informative
-from ppl_seg.data.registration import Volume, centroid, coarse, padded
+from ppl_seg.data.registration import Volume, centroid, coarse, padded, rigid_move
 from ppl_seg.data.resampling import inside, resample
 from ppl_seg.data.starts import Probe, best_starts
 from ppl_seg.errors import InputError
@@ -226,13 +226,11 @@ def _registered(pair: _Pair, kind: str) -> np.ndarray:
 
 def _nudges(middle: np.ndarray) -> list[np.ndarray]:
     """Small moves (4, 4) at random, turns about the middle (3,) and shifts, the same every time."""
-    random, moves = np.random.default_rng(_SEED), []
-    for _ in range(_NUDGES):
-        move = np.eye(4)
-        move[:3, :3] = Rotation.from_rotvec(random.normal(0, _TILT, 3)).as_matrix()
-        move[:3, 3] = middle - move[:3, :3] @ middle + random.normal(0, _NUDGE, 3)
-        moves.append(move)
-    return moves
+    random = np.random.default_rng(_SEED)
+    return [
+        rigid_move(Rotation.from_rotvec(random.normal(0, _TILT, 3)), middle, random.normal(0, _NUDGE, 3))
+        for _ in range(_NUDGES)
+    ]
 
 
 def _checked(pair: _Pair, kind: str, world: np.ndarray, image: Image, observed: np.ndarray) -> Alignment:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 import torch
+from scipy.spatial.transform import Rotation
 
 from ppl_seg.data.geometry import spacing_of
 from ppl_seg.data.resampling import resample
@@ -110,6 +111,14 @@ def coarse(volume: Volume, spacing: float) -> Volume:
     matrix[:3, 3] = (np.array(volume.shape) - 1) / 2 - factors * (np.array(shape) - 1) / 2
     data = torch.from_numpy(np.ascontiguousarray(volume.data, dtype=np.float32))[None]
     return Volume(resample(data, matrix, shape)[0].numpy(), volume.affine @ matrix)
+
+
+def rigid_move(rotation: Rotation, middle: np.ndarray, shift: np.ndarray | float = 0.0) -> np.ndarray:
+    """(4, 4): a turn about a point (3,) and a shift (3,) after it, mm."""
+    move = np.eye(4)
+    move[:3, :3] = rotation.as_matrix()
+    move[:3, 3] = middle - move[:3, :3] @ middle + shift
+    return move
 
 
 def centroid(weight: np.ndarray, affine: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from ppl_seg.data.registration import Volume, coarse
+from ppl_seg.data.registration import Volume, coarse, rigid_move
 
 BINS = 16
 TURNS = (-24.0, 0.0, 24.0)  # degrees about each axis
@@ -69,9 +69,7 @@ def best_starts(probe: Probe, start: np.ndarray, shifts: Iterable[Sequence[float
     offsets = np.array(list(shifts), dtype=np.float64)
     found = []
     for angles in itertools.product(TURNS, repeat=3):
-        world = start.copy()
-        world[:3, :3] = start[:3, :3] @ Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
-        world[:3, 3] = (start @ [*middle, 1.0])[:3] - world[:3, :3] @ middle
+        world = start @ rigid_move(Rotation.from_euler("xyz", angles, degrees=True), middle)
         positions = probe.positions(world)
         steps = offsets @ probe.to_voxel[:3, :3].T
         scores = [probe.information(positions + step) for step in steps]

@@ -65,13 +65,23 @@ class PseudoCounts:
     """The conjugate penalty log p(θ), up to a constant; not multiplied by the likelihood power.
 
     Σ_q weight · log w_q  −  Σ_qc [ mean_count/2 · (μ − mean)²/σ²  +  sd_count/2 · (log σ² + sd²/σ²) ]
+
+    sd_share: what is added to sd_count by `expecting`, as a share of the observations expected of a component. Where an
+        atlas' structure lies on another one's voxels, its own Gaussian stays as narrow as tissues are and leaves them.
     """
 
     weight: float = 0.0
     mean_count: float = 0.0
     mean: float | Tensor = 0.5
-    sd_count: float = 0.0
+    sd_count: float | Tensor = 0.0
     sd: float | Tensor = 0.1
+    sd_share: float = 0.0
+
+    def expecting(self, observations: Tensor) -> PseudoCounts:
+        """With sd_share turned into counts, of so many observations expected of each component, (B, Q)."""
+        if not self.sd_share:
+            return self
+        return replace(self, sd_count=self.sd_count + self.sd_share * observations.unsqueeze(-1), sd_share=0.0)
 
 
 class IntensityModel(nn.Module):
@@ -172,6 +182,12 @@ class IntensityModel(nn.Module):
         zeros = label_values.new_zeros(label_values.shape[0], len(self.components), label_values.shape[-1])
         return zeros.index_add(1, self.class_of_label, label_values)
 
+    def component_shares(self, label_values: Tensor) -> Tensor:
+        """What labels have in all, (B, M), in equal parts to the components of their classes: (B, Q)."""
+        of_class = self.class_sums(label_values.unsqueeze(-1))[..., 0]
+        size = torch.tensor(self.components, dtype=of_class.dtype, device=of_class.device)
+        return (of_class / size)[:, self.class_of_component]
+
     def component_responsibilities(
         self, label_responsibilities: Tensor, scan: Tensor, observed: Tensor, theta: IntensityParameters
     ) -> Tensor:
@@ -199,7 +215,7 @@ class IntensityModel(nn.Module):
             component_responsibilities: (B, Q, J) at the old θ, of the objective's own label factor.
             scan, observed: (B, C, J).
             previous: the old θ; a component that nothing belongs to keeps it, and so do the background maps.
-            pseudo: the conjugate penalty.
+            pseudo: the conjugate penalty, sd_share as counts already (`PseudoCounts.expecting`).
             power: the likelihood power β.
         """
         pseudo = pseudo or PseudoCounts()

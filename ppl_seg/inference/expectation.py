@@ -66,6 +66,15 @@ def label_responsibilities(
         return torch.as_tensor(total) / len(z)
 
 
+def expecting(model: SegmentationModel, observed: Tensor, pseudo: PseudoCounts | None) -> PseudoCounts | None:
+    """Pseudo-counts for scans, observed (B, C or 1, *grid): p_loc says how much of each class is expected there."""
+    if pseudo is None or not pseudo.sd_share:
+        return pseudo
+    seen = model.intensity.own(observed, observed)[1].flatten(2).any(1).to(model.shape_prior.log_location_prior.dtype)
+    volumes = seen @ model.shape_prior.log_location_prior.exp().flatten(1).mT  # (B, M)
+    return pseudo.expecting(model.likelihood_power * model.intensity.component_shares(volumes))
+
+
 def update_theta(
     model: SegmentationModel,
     z: Tensor | None,
@@ -94,7 +103,8 @@ def update_theta(
             of_label = label_responsibilities(model, draws, scan[one], observed[one], old, factor, voxels)
             flat, seen = take(flat, voxels), take(seen, voxels)
             of_component = model.intensity.component_responsibilities(of_label, flat, seen, old.at(voxels))
-            updated.append(model.intensity.m_step(of_component, flat, seen, old, pseudo, power))
+            counts = expecting(model, observed[one], pseudo)
+            updated.append(model.intensity.m_step(of_component, flat, seen, old, counts, power))
             background[:, voxels] += of_component[0, :components]
     new = IntensityParameters(
         torch.cat([u.mean for u in updated]),

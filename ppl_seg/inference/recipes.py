@@ -47,9 +47,9 @@ class Recipe:
     intensity: Literal["per-scan", "shared"] = "per-scan"
     classes: Literal["table", "labels"] = "table"
     background_components: int = 4
-    components: int = 1
+    components: int = 2
     maps: MapOptions | None = field(default_factory=MapOptions)
-    pseudo: PseudoCounts = field(default_factory=PseudoCounts)
+    pseudo: PseudoCounts = PseudoCounts(sd=0.08, sd_share=3.0)
     likelihood_power: float | None = None
     mask_background: float = 1.0
     readout_power: float = 1.0
@@ -107,6 +107,7 @@ def notes() -> Recipe:
         background_components=1,
         components=1,
         maps=None,
+        pseudo=PseudoCounts(),
         likelihood_power=1.0,
         readout="decoder",
         em_iterations=0,
@@ -163,7 +164,9 @@ def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float, wa
     A crop's box says where its structures are, and its scans are of the label maps' kind: on average they agree with
     the location prior. Whole brains differ with age, and their label maps are often others'.
     Around a brain without its head lies one kind of background, fluid: maps of it take from the structures instead.
-    Structures of whole brains are of more than one brightness: partial volume, nuclei, lesions.
+    Two Gaussians a class, for partial volume, nuclei and lesions, with a prior of their width, were measured on brains
+    and crops; without that prior thalamus and cortex learn the fluid that takes their place in an old brain. Heads,
+    whose classes are many, keep one.
     What is left unexplained has a size in mm³, so that voxels count by theirs.
 
     Args:
@@ -172,6 +175,8 @@ def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float, wa
     """
     if field_of_view != "crop":
         recipe = replace(recipe, label_blur=0.0)
+    if field_of_view == "head":
+        recipe = replace(recipe, components=1, pseudo=PseudoCounts())
     if field_of_view != "brain" or recipe.classes == "labels":
         return recipe
     power = recipe.likelihood_power
@@ -179,7 +184,6 @@ def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float, wa
         recipe,
         maps=None,
         background_components=2,
-        components=2,
         mask_background=0.2 if warped else recipe.mask_background,
         readout_power=0.5,
         likelihood_power=min(1.0, BRAIN_POWER * voxel_volume) if power is None else power,

@@ -12,7 +12,7 @@ from ..guides.families import kl_to_prior
 from ..models.decoders import Lattice, random_lattice
 from ..models.intensity import IntensityParameters, PseudoCounts
 from ..models.segmentation import SegmentationModel
-from .expectation import Factor, MapOptions, background_maps, update_theta
+from .expectation import Factor, MapOptions, background_maps, expecting, update_theta
 from .task import Batch, Task
 
 Augment = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
@@ -155,7 +155,8 @@ class ScanTask(Task):
         with torch.no_grad():
             found = {"kl": float(kl_to_prior(guide.posterior(scan, observed), model.shape_prior.prior()).sum())}
             if self.pseudo is not None and theta is not None:
-                found["log_penalty"] = float(model.intensity.log_penalty(theta, self.pseudo).sum())
+                pseudo = expecting(model, observed, self.pseudo)
+                found["log_penalty"] = float(model.intensity.log_penalty(theta, pseudo).sum())
         return found
 
     def state_dict(self) -> dict[str, Any]:

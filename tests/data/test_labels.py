@@ -31,7 +31,8 @@ def test_freesurfer_classes():
     assert class_of_name("Left-Caudate") == class_of_name("Right-Accumbens-area") == "grey-matter"
     assert class_of_name("CC_Posterior") == class_of_name("Right-Cerebral-White-Matter") == "white-matter"
     assert class_of_name("Left-Thalamus-Proper") == "thalamus"
-    assert class_of_name("Left-Cerebellum-Cortex") == "cerebellum-cortex"
+    assert class_of_name("Left-Cerebellum-Cortex") == class_of_name("Vermis") == "grey-matter"
+    assert class_of_name("Right-Cerebellum-White-Matter") == "white-matter"
     assert class_of_name("Heart") is None and class_of_name("Accent") is None
     assert all(class_of_name(name) for value, (name, _) in structures().items() if value)
     ventricles = [4, 5, 14, 15, 24, 43, 44]

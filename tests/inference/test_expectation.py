@@ -12,11 +12,13 @@ from ppl_seg.inference.expectation import (
     MapOptions,
     background_maps,
     expectation_maximisation,
+    expecting,
     initial_theta,
     label_responsibilities,
     update_theta,
 )
 from ppl_seg.models.decoders import LocationDecoder
+from ppl_seg.models.guided_intensity import with_label_factor, with_log_factor
 from ppl_seg.models.intensity import IntensityModel, IntensityParameters, PseudoCounts
 from ppl_seg.models.segmentation import SegmentationModel
 from ppl_seg.models.shape_prior import ShapePrior, gaussian_blur
@@ -24,6 +26,7 @@ from tests.reference import likelihood as slow
 from tests.reference.problems import Problem, make_problem
 
 PSEUDO = PseudoCounts(weight=0.5, mean_count=2.0, mean=0.3, sd_count=3.0, sd=0.5)
+SHARE = PseudoCounts(sd=0.2, sd_share=0.7)
 FACTORS = {"posterior": slow.exact, "prior": slow.jensen}
 
 
@@ -38,22 +41,70 @@ def bound(problem: Problem, theta: IntensityParameters, z: Tensor, factor: str) 
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.2])
-@pytest.mark.parametrize("pseudo", [None, PSEUDO], ids=["no pseudo-counts", "pseudo-counts"])
+@pytest.mark.parametrize("pseudo", [None, PSEUDO, SHARE], ids=["no pseudo-counts", "pseudo-counts", "share"])
 @pytest.mark.parametrize("factor", FACTORS)
 @pytest.mark.parametrize("options", [{}, {"maps": True, "mask": "channel"}], ids=["plain", "maps"])
 def test_em_never_lowers_its_bound(options: dict, factor: str, pseudo: PseudoCounts | None, beta: float) -> None:
     """β × mean bound over fixed draws (+ log p(θ) with pseudo-counts), scan by scan, for 12 steps."""
     problem = make_problem(grid=(5, 4), **options)
     model, z, theta = problem.model(beta=beta), draws(problem), problem.theta().detach()
+    counts = expecting(model, problem.observed, pseudo)
     with torch.no_grad():
         values = []
         for _ in range(13):
             value = beta * bound(problem, theta, z, factor)
-            values.append(value if pseudo is None else value + problem.intensity().log_penalty(theta, pseudo))
+            values.append(value if counts is None else value + problem.intensity().log_penalty(theta, counts))
             theta, _ = update_theta(model, z, problem.scan, problem.observed, theta, factor, pseudo)
     history = torch.stack(values)
     assert bool((history.diff(dim=0) >= -1e-9 * history[1:].abs()).all())
     assert bool((history[-1] > history[0] + 0.1 * beta).all())  # and it went somewhere
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_share_counts_what_the_location_prior_expects_of_a_component(guided: bool) -> None:
+    """β × share × Σ of p_loc over a class' labels and a scan's observed voxels, in equal parts to its components."""
+    problem = make_problem(grid=(5, 4), mask="channel")
+    model, observed = problem.model(beta=0.3), problem.observed
+    if guided:  # what a mask says outside itself is no intensity
+        everywhere = torch.ones_like(observed[:, :1])
+        factor = torch.zeros_like(observed[:, :1], dtype=torch.float64).expand(-1, len(problem.class_of_label), -1, -1)
+        _, observed = with_log_factor(problem.scan, observed, factor, everywhere)
+        model = with_label_factor(model)
+    found = expecting(model, observed, SHARE)
+    location = model.shape_prior.log_location_prior.exp().flatten(1)
+    assert found is not None and found.sd_share == 0 and found.sd == SHARE.sd
+    components = [(n, k) for n, k in enumerate(problem.components) for _ in range(k)]
+    for b in range(problem.num_scans):
+        for q, (n, k) in enumerate(components):
+            total = sum(
+                float(location[m, j])
+                for m, of in enumerate(problem.class_of_label)
+                for j in range(location.shape[1])
+                if of == n and bool(problem.observed_flat[b, :, j].any())
+            )
+            assert float(found.sd_count[b, q, 0]) == pytest.approx(0.3 * SHARE.sd_share * total / k, rel=1e-12)
+    assert expecting(model, observed, None) is None and expecting(model, observed, PSEUDO) is PSEUDO
+
+
+def test_with_a_share_a_class_leaves_what_lies_in_its_place() -> None:
+    """Of the voxels where the prior says 1, two in five look like 2: Gaussians that are free learn them, too."""
+    generator = torch.Generator().manual_seed(0)
+    location = torch.full((3, 20, 20), 0.01, dtype=torch.float64)
+    location[1, :, :10] = location[2, :, 10:] = 0.7
+    location[2, :, :10] = location[1, :, 10:] = 0.29
+    truth = torch.ones(20, 20, dtype=torch.long)
+    truth[:, 6:] = 2
+    scan = torch.tensor([0.0, 0.8, 0.2])[truth] + 0.05 * torch.randn(20, 20, generator=generator)
+    scan, observed = scan.double()[None, None], torch.ones(1, 1, 20, 20, dtype=torch.bool)
+    intensity = IntensityModel([0, 1, 2], [1, 2, 2])
+    model = SegmentationModel(ShapePrior(location, LocationDecoder(1, 3, (20, 20)), 1), intensity)
+    wrong = []
+    for pseudo in (None, PseudoCounts(sd=0.06, sd_share=1.0)):
+        theta = initial_theta(intensity, location, scan, observed)
+        theta = expectation_maximisation(model, scan, observed, theta, None, 20, pseudo=pseudo)
+        found = label_responsibilities(model, None, scan, observed, theta)[0].argmax(0).view(20, 20)
+        wrong.append(int((found != truth).sum()))
+    assert wrong[0] > 30 and wrong[1] < 10
 
 
 @pytest.mark.parametrize("factor", FACTORS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ppl_seg.inference.recipes import BRAIN_POWER, RECIPES, build_recipe, recipe_for_field
+from ppl_seg.models.intensity import PseudoCounts
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -14,12 +15,13 @@ def test_crops_get_the_recipe_as_it_is(name: str) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_heads_do_not_need_to_agree_with_the_prior_on_average(name: str) -> None:
-    assert recipe_for_field(build_recipe(name), "head", 1.0) == build_recipe(name, label_blur=0.0)
+    recipe = recipe_for_field(build_recipe(name), "head", 1.0)
+    assert recipe == build_recipe(name, label_blur=0.0, components=1, pseudo=PseudoCounts())
 
 
-def test_brains_get_constant_background_weights_and_two_gaussians() -> None:
+def test_brains_get_constant_background_weights() -> None:
     recipe = recipe_for_field(build_recipe("default"), "brain", 8.0)
-    assert recipe.maps is None and recipe.components == 2
+    assert recipe.maps is None and recipe.components == 2 and recipe.pseudo.sd_share > 0
     assert recipe.readout_power < 1 and recipe.beta == pytest.approx(8 * BRAIN_POWER)
     assert recipe.mask_background == 1 > recipe_for_field(recipe, "brain", 8.0, warped=True).mask_background
     assert recipe_for_field(recipe, "brain", 8.0) == recipe

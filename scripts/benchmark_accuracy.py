@@ -4,9 +4,9 @@
 
 DIR/SET holds prior/*_dseg.nii.gz, dev/scans/*_T1w.nii.gz, dev/truth/*_dseg.nii.gz, labels.tsv
 (index, name) and groups.tsv (index, group). With --prior-maps the label maps of another protocol teach the prior: a
-folder with prior/, labels.tsv and map.tsv (from, to), which brings their values to the set's. Each stage works in
-OUT/<stage>; one that is done (done.json) is not run again, unless one it builds on was. Results: summary.md, TSV
-tables and figures in OUT.
+folder with prior/, labels.tsv and map.tsv (from, to), which brings their values to the set's. With --mask the scans'
+own brain mask is made 2 mm smaller or larger (`mask_changes`). Each stage works in OUT/<stage>; one that is done
+(done.json) is not run again, unless one it builds on was. Results: summary.md, TSV tables and figures in OUT.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ import numpy as np
 import xarray as xr
 from benchmark_report import ALIKE, BUDGETS, METHODS, NEAR, Rows, average, best_of, page, summarise
 from benchmark_volumes import agreement, box_baseline, box_of, retest, volumes_page
+from mask_changes import CHANGES, write_changed
 from scipy import ndimage
 
 from ppl_seg import __version__, load_model
@@ -312,7 +313,21 @@ def open_benchmark(arguments: argparse.Namespace) -> Benchmark:
     words = ["prior", source / "prior", "--labels", source / "labels.tsv", *mapped, *SETS[arguments.set], *for_prior]
     prior = stages.command("prior", words)
     boxes = box_baseline(data / "prior", groups | one_of(groups))
-    return Benchmark(stages, data / "dev" / "scans", cases, groups, names, boxes, prior, for_fit, for_segment)
+    scans = data / "dev" / "scans"
+    if arguments.mask != "given":
+        scans, cases = change_masks(stages, cases, groups, arguments.mask)
+    return Benchmark(stages, scans, cases, groups, names, boxes, prior, for_fit, for_segment)
+
+
+def change_masks(stages: Stages, cases: list[Case], groups: Groups, change: str) -> tuple[Path, list[Case]]:
+    """The scans with another mask, in a stage's folder, and the cases of these."""
+
+    def work(part: Path) -> None:
+        for case in cases:
+            write_changed(case.scan, case.truth, groups, change, part)
+
+    folder = stages.run(f"scans-{change}", ["change_mask", change], [], work)
+    return folder, [replace(case, scan=folder / case.scan.name) for case in cases]
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -358,6 +373,7 @@ def main() -> None:
     parser.add_argument("--set", choices=tuple(SETS), required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--prior-maps", type=Path, help="folder whose prior/ teaches, with labels.tsv and map.tsv")
+    parser.add_argument("--mask", choices=("given", *CHANGES), default="given", help="of brain-extracted scans")
     choice = [row for row in METHODS if not row.endswith("-jensen")]
     parser.add_argument("--rows", default=",".join(choice), help="default: %(default)s")
     parser.add_argument("--jensen", action=argparse.BooleanOptionalAction, default=True, help="b, c, d; or --no-jensen")

@@ -63,10 +63,13 @@ def acquire(values: np.ndarray, spacing: tuple[float, float, float], generator: 
 
 
 def smooth_noise(
-    generator: np.random.Generator, shape: tuple[int, ...], spacing: tuple[float, float, float]
+    generator: np.random.Generator,
+    shape: tuple[int, ...],
+    spacing: tuple[float, float, float],
+    length: float = BIAS_LENGTH,
 ) -> np.ndarray:
-    """(X, Y, Z) noise of mean 0 and standard deviation 1, smooth over BIAS_LENGTH mm."""
-    coarse = [max(2, round(n * size / BIAS_LENGTH) + 1) for n, size in zip(shape, spacing, strict=True)]
+    """(X, Y, Z) noise of mean 0 and standard deviation 1, smooth over so many mm."""
+    coarse = [max(2, round(n * size / length) + 1) for n, size in zip(shape, spacing, strict=True)]
     knots = generator.standard_normal(coarse)
     steps = [np.linspace(0, count - 1, n) for count, n in zip(coarse, shape, strict=True)]
     field = ndimage.map_coordinates(knots, np.meshgrid(*steps, indexing="ij"), order=3, mode="nearest")

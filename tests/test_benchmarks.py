@@ -139,6 +139,22 @@ def test_label_maps_of_another_protocol_teach(data: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "out" / "retest.tsv").exists()  # runs are no visits
 
 
+def test_ablation_says_what_each_part_is_worth(data: Path, tmp_path: Path) -> None:
+    words = ("--data", data, "--set", "hippocampus", "--out", tmp_path, "--prior-steps", "4", "--draws", "4")
+    done = run_script("benchmark_ablation.py", *words)
+    assert done.returncode == 0, done.stderr + done.stdout
+    rows = read_tsv(tmp_path / "ablation.tsv")
+    changes = [row["change"] for row in rows]
+    assert changes[0] == "the whole recipe" and "one Gaussian a class" in changes and len(changes) == 6
+    assert "the mask is no observation" not in changes  # a crop's never is
+    assert all(0 < float(row["dice_low"]) <= float(row["dice"]) <= 1 and row["scans"] == "6" for row in rows)
+    for row in rows:
+        assert float(row["difference"]) == pytest.approx(
+            float(row["dice"]) - float(rows[0]["dice"]), abs=2e-4
+        )  # four digits
+    assert (tmp_path / "ablation.md").read_text(encoding="utf-8").count("\n") == 8
+
+
 def test_other_options_do_not_mix_with_an_earlier_run(data: Path, tmp_path: Path) -> None:
     (tmp_path / "prior").mkdir()
     (tmp_path / "prior" / "done.json").write_text('{"command": ["ppl-seg", "prior"]}')

@@ -74,11 +74,11 @@ class WarpedAtlas(LabelPrior):
             values = _along(values, basis if back else basis.mT, axis - len(self.grid))
         return values
 
-    def displacement(self, z: Tensor, inverse: bool = False) -> Tensor:
-        """φ_z(j) − j in voxels, (..., d, *grid), of z (..., D); of φ_z⁻¹ where `inverse`."""
+    def displacement(self, z: Tensor) -> Tensor:
+        """φ_z(j) − j in voxels, (..., d, *grid), of z (..., D); φ_z⁻¹ is that of −z."""
         dims = len(self.grid)
         flow = self._transformed(self.coefficients(z.reshape(-1, z.shape[-1])), "synthesis", back=True)
-        flow = flow * ((-1 if inverse else 1) / 2**SQUARINGS)
+        flow = flow / 2**SQUARINGS
         axes = [(2 * torch.arange(n, dtype=z.dtype, device=z.device) + 1) / n - 1 for n in self.flow_grid]
         identity = torch.stack(torch.meshgrid(*axes, indexing="ij"))
         # voxels of the grid to the −1..1 of grid_sample

@@ -260,13 +260,13 @@ def held_out_persons(persons: Sequence[str]) -> Tensor:
     return torch.tensor([person in chosen for person in persons])
 
 
-def draw_prior(model: Model, out: Path, seed: int, number: int = 8) -> None:
-    """draws.png, label maps drawn from the prior, and training.png."""
+def draw_prior(model: Model, out: Path, seed: int) -> None:
+    """draws.png, eight label maps drawn from the prior, and training.png."""
     from ppl_seg.results.charts import training_figure
     from ppl_seg.results.figures import draws_figure
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        drawn = ShapeModel(model.shape_prior)(num_scans=number)
+        drawn = ShapeModel(model.shape_prior)(num_scans=8)
     draws_figure(drawn.numpy(), model.table, model.grid.affine, out / "draws.png", "Drawn from the prior")
     training_figure(out / "training.csv", out / "training.png", "Learning the prior")

@@ -81,15 +81,10 @@ def resample_labels(labels: torch.Tensor, matrix: np.ndarray, shape_out: Sequenc
     return votes.argmax(0).to(labels.dtype).reshape(tuple(shape_out))
 
 
-def inside(
-    matrix: np.ndarray,
-    shape_in: Sequence[int],
-    shape_out: Sequence[int],
-    device: torch.device | str = "cpu",
-) -> torch.Tensor:
+def inside(matrix: np.ndarray, shape_in: Sequence[int], shape_out: Sequence[int]) -> torch.Tensor:
     """(*out) bool: the output voxels whose centre lies in the input's field of view."""
-    position = _positions(matrix, shape_out, torch.device(device))
-    return within(position, torch.tensor(list(shape_in), device=position.device, dtype=position.dtype))
+    position = _positions(matrix, shape_out, torch.device("cpu"))
+    return within(position, torch.tensor(list(shape_in), dtype=position.dtype))
 
 
 def _positions(matrix: np.ndarray, shape_out: Sequence[int], device: torch.device) -> torch.Tensor:

@@ -26,7 +26,8 @@ _COARSE = 6.0  # mm of the scan at first
 _BLUR = {"brain": 0.7, "head": 1.5, "crop": 0.7}
 _POINTS, _SOME_POINTS, _FINE_POINTS = 8_000, 40_000, 120_000  # of the prior: at first, in between, and at last
 _STIFFNESS = 3.0  # nats, on the way there: information alone may shrink a head of little contrast to half
-_NUDGES, _NUDGE, _TILT = 10, 0.7, 0.01  # how often, mm, radians: the optimum is left and looked for again
+_NUDGES, _NUDGE, _LEVER = 10, 0.7, 70.0  # how often, mm, mm to a radian: the optimum is left and looked for again
+_LAST_NUDGES, _LAST_NUDGE = 4, 0.3  # and once more at all points
 _SEED = 1
 _ELSEWHERE = 0.25  # share of the points that lie beyond the brain's rim, where the prior knows classes there
 _RIM = 6.0  # mm around the brain that count too
@@ -217,20 +218,26 @@ def _registered(pair: _Pair, kind: str) -> np.ndarray:
             world, information = most_informative(first, world, stage, stiffness=_STIFFNESS)
         tried.append((world, information))
     # few scans have a single optimum: of those that lie about a millimetre apart, the best of all
-    some = pair.mostly_near(_SOME_POINTS)
+    some, fine = pair.mostly_near(_SOME_POINTS), pair.mostly_near()
     best = max((most_informative(some, world, kind, ROUGH) for world, _ in tried), key=lambda found: found[1])
-    for nudge in _nudges(some.points.mean(0).numpy()):
-        best = max(best, most_informative(some, best[0] @ nudge, kind, ROUGH), key=lambda found: found[1])
-    return most_informative(pair.mostly_near(), best[0], kind)[0]
+    best = _nudged(some, best, kind, _NUDGES, _NUDGE)
+    best = _nudged(fine, most_informative(fine, best[0], kind, ROUGH), kind, _LAST_NUDGES, _LAST_NUDGE)
+    return most_informative(fine, best[0], kind)[0]
 
 
-def _nudges(middle: np.ndarray) -> list[np.ndarray]:
-    """Small moves (4, 4) at random, turns about the middle (3,) and shifts, the same every time."""
-    random = np.random.default_rng(_SEED)
-    return [
-        rigid_move(Rotation.from_rotvec(random.normal(0, _TILT, 3)), middle, random.normal(0, _NUDGE, 3))
-        for _ in range(_NUDGES)
-    ]
+def _nudged(
+    comparison: Comparison, best: tuple[np.ndarray, float], kind: str, times: int, length: float
+) -> tuple[np.ndarray, float]:
+    """The best of optima: each is left by a small move at random, the same every time, and looked for again.
+
+    length: sd of the shift, mm; turns about the middle go with it.
+    """
+    random, middle = np.random.default_rng(_SEED), comparison.points.mean(0).numpy()
+    for _ in range(times):
+        turn = Rotation.from_rotvec(random.normal(0, length / _LEVER, 3))
+        nudge = rigid_move(turn, middle, random.normal(0, length, 3))
+        best = max(best, most_informative(comparison, best[0] @ nudge, kind, ROUGH), key=lambda found: found[1])
+    return best
 
 
 def _checked(pair: _Pair, kind: str, world: np.ndarray, image: Image, observed: np.ndarray) -> Alignment:

@@ -164,9 +164,6 @@ def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float, wa
     A crop's box says where its structures are, and its scans are of the label maps' kind: on average they agree with
     the location prior. Whole brains differ with age, and their label maps are often others'.
     Around a brain without its head lies one kind of background, fluid: maps of it take from the structures instead.
-    Two Gaussians a class, for partial volume, nuclei and lesions, with a prior of their width, were measured on brains
-    and crops; without that prior thalamus and cortex learn the fluid that takes their place in an old brain. Heads,
-    whose classes are many, keep one.
     What is left unexplained has a size in mm³, so that voxels count by theirs.
 
     Args:
@@ -175,8 +172,6 @@ def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float, wa
     """
     if field_of_view != "crop":
         recipe = replace(recipe, label_blur=0.0)
-    if field_of_view == "head":
-        recipe = replace(recipe, components=1, pseudo=PseudoCounts())
     if field_of_view != "brain" or recipe.classes == "labels":
         return recipe
     power = recipe.likelihood_power

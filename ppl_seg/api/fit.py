@@ -15,7 +15,15 @@ from torch import Tensor
 from ppl_seg.api.labels import learn_label_network
 from ppl_seg.api.load import load_model
 from ppl_seg.api.model import Model
-from ppl_seg.api.output import ASLEEP, begin_training, claim_model_directory, finish_training, is_finished, say
+from ppl_seg.api.output import (
+    ASLEEP,
+    begin_training,
+    choose_device,
+    claim_model_directory,
+    finish_training,
+    is_finished,
+    say,
+)
 from ppl_seg.api.resources import available_memory, check_memory, fit_memory, memory_errors
 from ppl_seg.api.trust import trust
 from ppl_seg.data.alignment import check_alignment
@@ -32,7 +40,7 @@ from ppl_seg.inference.objectives import build_objective
 from ppl_seg.inference.posterior import factor_of, start_theta
 from ppl_seg.inference.recipes import Recipe, build_recipe, recipe_for_field
 from ppl_seg.inference.tasks import ScanTask
-from ppl_seg.inference.trainer import TrainingLog, TrainingOptions, fit, resolve_device
+from ppl_seg.inference.trainer import TrainingLog, TrainingOptions, fit
 from ppl_seg.inference.training_options import LARGE_GRID
 from ppl_seg.models.intensity import IntensityParameters
 from ppl_seg.models.segmentation import SegmentationModel
@@ -107,7 +115,7 @@ def fit_scans(
         chosen = replace(chosen, sleep_steps=min(chosen.sleep_steps, steps), label_steps=min(chosen.label_steps, steps))
     check_channel_alignment(channel_align)
     check_view(view)
-    where, watch = resolve_device(device), Stopwatch()
+    where, watch = choose_device(device), Stopwatch()
     model = prior if isinstance(prior, Model) else load_model(prior, trusted)
     if align is not None:
         check_alignment(align)

@@ -9,20 +9,32 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ppl_seg.errors import InputError
 from ppl_seg.files import remove, remove_temporaries, write_text
 from ppl_seg.inference.checkpoint import remove_checkpoint
+from ppl_seg.inference.training_options import resolve_device
 
 LOGGER = logging.getLogger("ppl_seg")
 ASLEEP = "asleep"  # folder of the checkpoint of a fit's first training
 LABELS = "labels"  # and of its last, with a folder for each round
 BEGUN = "begun.json"  # what the training in progress is of
+OURS = ("config.json", "weights.safetensors", "training.csv", "report.json")  # names that a model's files have
 
 
 def say(messages: Sequence[str]) -> None:
     """Tell the user what was assumed; the command line shows it on stderr."""
     for message in messages:
         LOGGER.info(message)
+
+
+def choose_device(name: str) -> torch.device:
+    """As `resolve_device`; where `auto` finds no GPU, that is said."""
+    device = resolve_device(name)
+    if name == "auto" and device.type == "cpu":
+        say(["no CUDA GPU found: the CPU computes"])
+    return device
 
 
 def is_finished(directory: str | Path | None, resume: bool) -> bool:
@@ -52,6 +64,11 @@ def claim_model_directory(directory: str | Path, force: bool, resume: bool) -> N
         raise InputError(f"{folder}: holds a model already; give another --out, or --force to replace it")
     if (folder / "checkpoint.json").exists():
         raise InputError(f"{folder}: holds an interrupted training; go on with --resume, or start again with --force")
+    if not (folder / BEGUN).exists() and (foreign := [name for name in OURS if (folder / name).exists()]):
+        raise InputError(
+            f"{folder}: holds {', '.join(foreign)} of something else, which a model's would replace; give another "
+            "--out, or --force to replace it"
+        )
 
 
 def begin_training(directory: str | Path, identity: Mapping[str, Any], resume: bool) -> None:

@@ -15,7 +15,7 @@ import torch
 from ppl_seg import __version__
 from ppl_seg.api.load import load_model
 from ppl_seg.api.model import Model
-from ppl_seg.api.output import LOGGER
+from ppl_seg.api.output import LOGGER, choose_device
 from ppl_seg.api.resources import SHARES, available_memory, check_memory, is_out_of_memory, segment_memory
 from ppl_seg.api.trust import trust
 from ppl_seg.data.alignment import check_alignment
@@ -27,7 +27,6 @@ from ppl_seg.data.names import output_location
 from ppl_seg.data.nifti import open_image
 from ppl_seg.errors import InputError
 from ppl_seg.files import is_full
-from ppl_seg.inference.trainer import resolve_device
 from ppl_seg.results.provenance import command_line, machine
 from ppl_seg.results.volumes import mean_quality
 
@@ -112,7 +111,7 @@ def segment_scans(
     check_alignment(align or loaded.align)
     check_channel_alignment(channel_align)
     check_view(view)
-    device_used = resolve_device(device)
+    device_used = choose_device(device)
     found = find_scans(scans, suffix, channels, Selection(tuple(participants), tuple(sessions)))
     if loaded.scan_guide is not None:
         check_channels(found, loaded.channels)

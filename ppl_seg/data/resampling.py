@@ -21,13 +21,12 @@ def resample(
     matrix: np.ndarray,
     shape_out: Sequence[int],
     mode: str = "linear",
-    outside: float = 0.0,
 ) -> torch.Tensor:
     """`volume` (C, *in) on another grid: (C, *out), three axes each.
 
     `matrix` (4, 4) takes an output voxel to an input voxel (fractional). `mode` is linear (floating
     volumes) or nearest (any type). Beyond the input's field of view, half a voxel around its outer centres,
-    the value is `outside`; within it nothing is mixed with `outside`. Whole-voxel shifts, flips and
+    the value is 0; within it nothing is mixed with that. Whole-voxel shifts, flips and
     transpositions move the input's values without touching them. Where linear takes larger steps than the
     input's voxels, the input is first blurred by a Gaussian whose width makes up the difference (Cardoso et
     al., MICCAI 2015).
@@ -38,7 +37,7 @@ def resample(
         raise ValueError(f"expected a volume (C, X, Y, Z) and three sizes, got {tuple(volume.shape)}, {shape_out}")
     whole = whole_voxels(np.asarray(matrix), shape_out)
     if whole is not None:
-        return _move(volume, whole, shape_out, outside)
+        return _move(volume, whole, shape_out)
     if mode == "linear":
         if not volume.is_floating_point():
             raise ValueError(f"linear resampling of {volume.dtype}: convert to a floating type or use nearest")
@@ -54,7 +53,7 @@ def resample(
         sampled = F.grid_sample(volume[None], scaled[None], mode="bilinear", padding_mode="border", align_corners=True)[
             0
         ]
-    return torch.where(within(position, sizes), sampled, torch.as_tensor(outside, dtype=volume.dtype))
+    return torch.where(within(position, sizes), sampled, torch.zeros((), dtype=volume.dtype))
 
 
 def resample_labels(labels: torch.Tensor, matrix: np.ndarray, shape_out: Sequence[int]) -> torch.Tensor:
@@ -116,11 +115,11 @@ def whole_voxels(matrix: np.ndarray, shape_out: Sequence[int]) -> np.ndarray | N
     return rounded.astype(np.int64) if gap <= _WHOLE else None
 
 
-def _move(volume: torch.Tensor, matrix: np.ndarray, shape_out: Sequence[int], outside: float) -> torch.Tensor:
+def _move(volume: torch.Tensor, matrix: np.ndarray, shape_out: Sequence[int]) -> torch.Tensor:
     """Transposes, flips and shifts by slicing: no value is computed."""
     source = np.abs(matrix[:3, :3]).argmax(axis=0)  # the input axis that each output axis runs along
     volume = volume.permute(0, *(int(axis) + 1 for axis in source))
-    result = volume.new_full((volume.shape[0], *shape_out), outside)
+    result = volume.new_zeros((volume.shape[0], *shape_out))
     to_slices: list[slice] = [slice(None)]
     from_slices: list[slice] = [slice(None)]
     for axis in range(3):

@@ -1,11 +1,21 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
+import torch
 
-from ppl_seg.api.output import ASLEEP, BEGUN, begin_training, claim_model_directory, finish_training, is_finished
+from ppl_seg.api.output import (
+    ASLEEP,
+    BEGUN,
+    begin_training,
+    choose_device,
+    claim_model_directory,
+    finish_training,
+    is_finished,
+)
 from ppl_seg.errors import InputError
 
 
@@ -34,6 +44,23 @@ def test_a_model_that_is_replaced_goes_when_the_training_begins(tmp_path: Path) 
     assert (tmp_path / "config.json").exists()  # bad input may still end it
     begin_training(tmp_path, {}, resume=False)
     assert names(tmp_path) == {BEGUN, "notes.txt"}
+
+
+def test_files_of_something_else_are_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text("the user's")
+    with pytest.raises(InputError, match=r"report\.json of something else.*--out, or --force"):
+        claim_model_directory(tmp_path, force=False, resume=False)
+    claim_model_directory(tmp_path, force=True, resume=False)
+    begin_training(tmp_path, {}, resume=False)
+    claim_model_directory(tmp_path, force=False, resume=False)  # of a training without a checkpoint
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+@pytest.mark.parametrize("name, said", [("auto", 1), ("cpu", 0)])
+def test_that_no_gpu_was_found_is_said(name: str, said: int, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "ppl_seg"):
+        assert choose_device(name).type == "cpu"
+    assert caplog.text.count("no CUDA GPU found") == said
 
 
 def test_a_finished_model_is_tidied_up(tmp_path: Path) -> None:

@@ -29,19 +29,19 @@ def test_whole_voxel_moves_are_exact(linear, mode):
     # the middle of the output meets the middle of the input, give or take
     offset = np.array(source.shape[1:]) // 2 - linear @ np.array([4, 4, 5]) + rng.integers(-3, 4, 3)
     matrix = matrix_of(linear, offset + 1e-6)
-    got = resample(source, matrix, (9, 8, 10), mode, outside=-7.0)
-    expected = torch.full((2, 9, 8, 10), -7.0)
+    got = resample(source, matrix, (9, 8, 10), mode)
+    expected = torch.zeros((2, 9, 8, 10))
     for index in np.ndindex(9, 8, 10):
         place = np.round(linear @ index + offset).astype(int)
         if ((place >= 0) & (place < source.shape[1:])).all():
             expected[(slice(None), *index)] = source[(slice(None), *place)]
     assert torch.equal(got, expected)
-    assert torch.equal(inside(matrix, source.shape[1:], (9, 8, 10)), expected[0] != -7)
+    assert torch.equal(inside(matrix, source.shape[1:], (9, 8, 10)), expected[0] != 0)
 
 
 def test_no_overlap_is_all_outside():
-    assert (resample(volume(), matrix_of(np.eye(3), (100, 0, 0)), (3, 3, 3), outside=2.0) == 2).all()
-    assert (resample(volume(), matrix_of(np.eye(3), (-100.5, 0, 0)), (3, 3, 3), outside=2.0) == 2).all()
+    assert (resample(volume(), matrix_of(np.eye(3), (100, 0, 0)), (3, 3, 3)) == 0).all()
+    assert (resample(volume(), matrix_of(np.eye(3), (-100.5, 0, 0)), (3, 3, 3)) == 0).all()
     assert not inside(matrix_of(np.eye(3), (-100, 0, 0)), (6, 7, 8), (3, 3, 3)).any()
 
 
@@ -86,7 +86,7 @@ def test_one_slice():
     got = resample(source, matrix, (6, 7, 1))
     torch.testing.assert_close(got[:, :5], (source[:, :5] + source[:, 1:]) / 2)
     matrix[2, 3] = 0.7  # half a voxel and more beside the slice
-    assert (resample(source, matrix, (6, 7, 1), outside=5.0) == 5).all()
+    assert (resample(source, matrix, (6, 7, 1)) == 0).all()
 
 
 def test_types():

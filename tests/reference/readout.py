@@ -20,7 +20,8 @@ def read_out(
     something = (inside(to_grid, grid, own) & region).flatten()
     maps = theta.background_log_weight
     if maps is not None:
-        weights = resample(maps.exp().unflatten(1, grid), to_grid, own, outside=1.0 / len(maps)).flatten(1)
+        weights = resample(maps.exp().unflatten(1, grid), to_grid, own).flatten(1)
+        weights = torch.where(inside(to_grid, grid, own).flatten(), weights, 1.0 / len(maps))
         theta = theta.with_maps(weights.log())
     flat, seen = torch.where(observed, scan, 0.0).flatten(1)[None], observed.flatten(1)[None]
     likelihood = model.intensity.label_log_prob(flat, seen, theta)[0].exp()

@@ -7,6 +7,7 @@ the location prior. The flow of a stationary velocity is invertible: nothing fol
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -56,6 +57,12 @@ class WarpedAtlas(LabelPrior):
     def at_once(self) -> int:
         """How many z are decoded together quickest."""
         return 1
+
+    def deformed_by(self, strength: float) -> WarpedAtlas:
+        """This atlas with velocities of `strength` times the sd; the location prior is shared."""
+        atlas = copy.copy(self)
+        atlas._buffers = {**self._buffers, "velocity_sd": strength * self.velocity_sd}
+        return atlas
 
     def coefficients(self, z: Tensor) -> Tensor:
         """Coefficients of the velocity's cosines, (..., d, *control grid), voxels of the grid, of z (..., D)."""

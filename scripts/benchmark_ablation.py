@@ -33,6 +33,7 @@ WHOLE = "the whole recipe"
 CHANGES: dict[str, Change] = {
     WHOLE: lambda recipe: recipe,
     "no shape: the location prior": lambda recipe: replace(recipe, shape="location", maps=None, per_scan_steps=0),
+    "one strength of deformation": lambda recipe: replace(recipe, strengths=(1.0,)),
     "no prior of the Gaussians' width": lambda recipe: replace(recipe, pseudo=PseudoCounts()),
     "one Gaussian a class": lambda recipe: replace(recipe, components=1),
     "the mask is no observation": lambda recipe: replace(recipe, mask_background=1.0),

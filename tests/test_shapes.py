@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -12,6 +13,7 @@ import pytest
 
 from ppl_seg import load_model
 from ppl_seg.models.warped_atlas import WarpedAtlas
+from ppl_seg.results.segmentation import Segmentation
 
 Run = Callable[..., tuple[int, str, str]]
 SHAPE = (24, 26, 22)
@@ -66,6 +68,20 @@ def test_segment_follows_the_scan(run: Run, prior: Path, folder: Path) -> None:
     for value in (1, 2):
         overlap = 2 * ((found == value) & (truth == value)).sum() / ((found == value).sum() + (truth == value).sum())
         assert overlap > 0.85
+
+
+def test_the_bound_chooses_how_far_the_atlas_is_deformed(prior: Path, folder: Path) -> None:
+    model, scan = load_model(prior), folder / "sub-04_T1w.nii.gz"
+
+    def segment(*strengths: float) -> Segmentation:
+        return replace(model, recipe=replace(model.recipe, strengths=strengths)).segment(scan, draws=2)
+
+    alone = {strength: segment(strength).bound["bound"] for strength in (1.0, 0.05)}
+    for chosen in (segment(1.0, 0.05), segment(0.05, 1.0)):
+        best = chosen.provenance["deformation_strength"]
+        assert best == max(alone, key=lambda strength: alone[strength])
+        assert chosen.bound["bound"] == pytest.approx(alone[best], rel=0.02)
+    assert abs(alone[1.0] - alone[0.05]) > 0.05 * abs(max(alone.values()))  # 2.5 times what two runs may differ by
 
 
 def test_a_label_map_of_the_scan_gives_the_shape(prior: Path, folder: Path) -> None:

@@ -35,6 +35,7 @@ from ppl_seg.inference.store import CONFIG, WEIGHTS, load_model_files
 
 LARGEST_OPTION = 4096  # of a network's options: widths, levels
 LARGEST_NUMBER = 1e6  # in a recipe: steps, batch sizes
+MOST_STRENGTHS = 8  # of which a scan's bound chooses
 _NOT_NETWORKS = {"kind", "version", "labels", "grid", "align", "field", "channels", "recipe"}
 
 
@@ -168,6 +169,11 @@ def _recipe(values: Mapping[str, Any]) -> Recipe:
         if isinstance(value, Mapping) and isinstance(like, Mapping):
             for key, item in value.items():
                 check(f"{name}.{key}", item, like[key])
+        elif isinstance(like, tuple):
+            if not isinstance(value, tuple) or not 1 <= len(value) <= MOST_STRENGTHS:
+                raise ValueError(f"recipe: {name} is {value!r}, expected a list like {list(like)!r}")
+            for item in value:
+                check(name, item, like[0])
         elif isinstance(like, (int, float)) and not isinstance(like, bool):
             kinds = (int,) if isinstance(like, int) else (int, float)
             if not isinstance(value, kinds) or not 0 <= value <= LARGEST_NUMBER:

@@ -148,6 +148,7 @@ class Model(LearnedModel):
                     seed=seed,
                 ),
                 "likelihood_power": chosen.beta,
+                "deformation_strength": found.strength,
                 "readout_power": chosen.power_at(own.image.voxel_volume),
                 "seconds": watch.seconds,
                 "device": str(where),

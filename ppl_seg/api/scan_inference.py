@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from ppl_seg.inference.recipes import Recipe
 from ppl_seg.models.guided_intensity import outside_log_factor, with_label_factor, with_log_factor
 from ppl_seg.models.intensity import IntensityParameters
 from ppl_seg.models.segmentation import SegmentationModel
+from ppl_seg.models.warped_atlas import WarpedAtlas
 
 NEAR_BRAIN = 0.98  # probability of background below which a voxel outside a brain mask says something
 START_SCALE = 0.3  # sd of a scan's own q(z) before its first step: the gradient hears the data before the noise
@@ -34,7 +35,7 @@ class Inference:
     program, data: what z was inferred with, data (scan, observed); both with the label guide's factor where there is
     one. model: the program without it; log_factor: it, log u (M, *grid), or None.
     bound: of the program, by the objective, nats; with the factor it is a lower bound of the bound without, see
-    `models.guided_intensity`. kl: KL(q ‖ p).
+    `models.guided_intensity`. kl: KL(q ‖ p). strength: that the bound chose for a warped atlas, or None.
     """
 
     posterior: Posterior
@@ -44,6 +45,7 @@ class Inference:
     log_factor: Tensor | None
     bound: float
     kl: float
+    strength: float | None = None
 
     def label_marginals(self, draws: int, power: float) -> Tensor:
         """Responsibilities averaged over draws of z, (1, M, *grid). power: of the likelihood within them."""
@@ -64,6 +66,8 @@ def infer_scan(
 ) -> Inference:
     """q(z) and θ of one scan, (1, C, *grid), as `segment` infers them.
 
+    A warped atlas is deformed with each of the recipe's strengths, and the inference with the highest bound is kept.
+
     Args:
         recipe: adapted to the field of view. refine: gradient steps; None takes the recipe's.
         encoded: q(z) in place of its inference. amortised: with the q(z|x) and the background maps of a fit.
@@ -72,6 +76,28 @@ def infer_scan(
     Raises:
         InputError: the recipe shares θ among scans, and the model was fitted to none.
     """
+    atlas, seen = learned.shape_prior, (refine, encoded, amortised, inside)
+    encoder = learned.scan_guide is not None and amortised
+    if not isinstance(atlas, WarpedAtlas) or recipe.shape != "prior" or encoded is not None or encoder:
+        return _infer_scan(learned, recipe, scan, observed, *seen)
+    found = []
+    for strength in recipe.strengths:
+        one = _infer_scan(replace(learned, shape_prior=atlas.deformed_by(strength)), recipe, scan, observed, *seen)
+        found.append(replace(one, strength=strength))
+    return max(found, key=lambda one: one.bound)
+
+
+def _infer_scan(
+    learned: LearnedModel,
+    recipe: Recipe,
+    scan: Tensor,
+    observed: Tensor,
+    refine: int | None,
+    encoded: dist.Distribution | None,
+    amortised: bool,
+    inside: Tensor | None,
+) -> Inference:
+    """`infer_scan` with the prior as it is."""
     device = scan.device
     model = learned.program(recipe, scan.shape[1]).to(device)
     fitted = learned.scan_guide is not None and recipe.shape == "prior"

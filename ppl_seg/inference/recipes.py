@@ -30,6 +30,8 @@ class Recipe:
         mask_background: how often background lies within a brain mask, see `IntensityModel`; 1: a mask says nothing.
         readout_power: κ, of p(x|s) in the label marginals, for voxels of 1 mm; see `power_at`.
         readout: `marginals`, argmax of the label marginals; `decoder`, argmax of f.
+        strengths: how far a warped atlas is deformed, relative to the label maps it learned from; where there is no
+            encoder, the scan's own bound chooses one of them.
         em_iterations: EM steps of θ under the location prior, before z is inferred; 0 leaves θ at its start.
         sleep_steps, steps: training steps of q(z|x) on simulated and on real scans.
         batch_size, learning_rate: of both.
@@ -54,6 +56,7 @@ class Recipe:
     mask_background: float = 1.0
     readout_power: float = 1.0
     readout: Literal["marginals", "decoder"] = "marginals"
+    strengths: tuple[float, ...] = (1.0,)
     em_iterations: int = 8
     sleep_steps: int = 200
     steps: int = 300
@@ -89,7 +92,9 @@ class Recipe:
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
         """From config.json."""
         maps = None if values["maps"] is None else MapOptions(**values["maps"])
-        return cls(**{**values, "maps": maps, "pseudo": PseudoCounts(**values["pseudo"])})
+        parts = {"maps": maps, "pseudo": PseudoCounts(**values["pseudo"])}
+        strengths = {"strengths": tuple(values["strengths"])} if "strengths" in values else {}
+        return cls(**{**values, **parts, **strengths})
 
 
 def default() -> Recipe:
@@ -166,6 +171,7 @@ def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float, wa
     Around a brain without its head lies one kind of background, fluid: maps of it take from the structures instead.
     Two Gaussians a class, for partial volume, nuclei and lesions, help brains and crops. Heads have many classes that
     look alike, and EM two optima then: a tenth of a millimetre in the registration decides between them.
+    How far people differ from an atlas differs: old brains further than its label maps, most others less.
     What is left unexplained has a size in mm³, so that voxels count by theirs.
 
     Args:
@@ -184,6 +190,7 @@ def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float, wa
         maps=None,
         background_components=2,
         mask_background=0.2 if warped else recipe.mask_background,
+        strengths=(1.0, 0.5) if warped else recipe.strengths,
         readout_power=0.5,
         likelihood_power=min(1.0, BRAIN_POWER * voxel_volume) if power is None else power,
     )

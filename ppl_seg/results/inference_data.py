@@ -71,13 +71,15 @@ def write_posterior(segmentation: Segmentation, path: str | Path) -> None:
 
 
 def _attributes(seg: Segmentation) -> dict[str, Any]:
-    stated = {
+    stated: dict[str, Any] = {
         "inference_library": "ppl_seg",
         "inference_library_version": str(seg.provenance.get("version", "")),
         "model_hash": str(seg.provenance.get("model_hash", "")),
         "sources": [str(source) for source in seg.provenance.get("sources", [])],
         "volume_unit": "mm3",
     }
+    if (strength := seg.provenance.get("deformation_strength")) is not None:
+        stated["deformation_strength"] = float(strength)  # what z is multiplied with, beside the prior
     return {**stated, **{f"bound_{name}": float(value) for name, value in seg.bound.items()}}
 
 

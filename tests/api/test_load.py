@@ -92,6 +92,8 @@ def test_format_1_is_read_and_segments(tmp_path: Path) -> None:
         ("recipe.likelihood_power", float("nan"), "recipe.likelihood_power is nan"),
         ("recipe.maps", {"import": "os"}, "config.json"),
         ("recipe.more", 1, "config.json"),
+        ("recipe.strengths", [], "recipe.strengths is (), expected a list"),
+        ("recipe.strengths", ["x"], "recipe.strengths is 'x', expected a number"),
         ("shape_prior.latent_dim", 10**12, "config.json"),
         ("shape_prior.latent_dim", 3, "codes: shape (4, 3) expected"),
         ("shape_prior.latent_dim", "2", "config.json"),

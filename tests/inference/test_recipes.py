@@ -24,6 +24,7 @@ def test_brains_get_constant_background_weights() -> None:
     assert recipe.readout_power < 1 and recipe.beta == pytest.approx(8 * BRAIN_POWER)
     assert recipe.mask_background == 1 > recipe_for_field(recipe, "brain", 8.0, warped=True).mask_background
     assert recipe_for_field(recipe, "brain", 8.0) == recipe
+    assert len(recipe.strengths) == 1 < len(recipe_for_field(recipe, "brain", 8.0, warped=True).strengths)
     coarse = recipe_for_field(build_recipe("default"), "brain", 64.0)
     assert coarse.beta == pytest.approx(8 * recipe.beta)
     for asked in (0.3, 0.05):

@@ -78,6 +78,15 @@ def test_coefficients_and_back() -> None:
     torch.testing.assert_close(white.square().sum((1, 2, 3, 4)), z.square().sum(1))
 
 
+def test_a_weaker_atlas_is_the_same_atlas_deformed_less() -> None:
+    model = atlas()
+    weaker, z = model.deformed_by(0.5), draw(model, 2)
+    torch.testing.assert_close(weaker.coefficients(z), 0.5 * model.coefficients(z))
+    torch.testing.assert_close(weaker.label_scores(2 * z), model.label_scores(z))
+    assert weaker.log_location_prior is model.log_location_prior
+    assert weaker.state_dict().keys() == model.state_dict().keys()
+
+
 def test_deformations_drawn_from_the_prior_do_not_fold_and_can_be_undone() -> None:
     model = atlas((20, 24, 18), control=4)
     z = draw(model, 3, scale=0.7)

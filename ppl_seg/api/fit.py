@@ -18,11 +18,11 @@ from ppl_seg.api.model import Model
 from ppl_seg.api.output import (
     ASLEEP,
     begin_training,
-    choose_device,
     claim_model_directory,
     finish_training,
     is_finished,
     say,
+    say_device,
 )
 from ppl_seg.api.resources import available_memory, check_memory, fit_memory, memory_errors
 from ppl_seg.api.trust import trust
@@ -40,7 +40,7 @@ from ppl_seg.inference.objectives import build_objective
 from ppl_seg.inference.posterior import factor_of, start_theta
 from ppl_seg.inference.recipes import Recipe, build_recipe, recipe_for_field
 from ppl_seg.inference.tasks import ScanTask
-from ppl_seg.inference.trainer import TrainingLog, TrainingOptions, fit
+from ppl_seg.inference.trainer import TrainingLog, TrainingOptions, fit, resolve_device
 from ppl_seg.inference.training_options import LARGE_GRID
 from ppl_seg.models.intensity import IntensityParameters
 from ppl_seg.models.segmentation import SegmentationModel
@@ -115,7 +115,7 @@ def fit_scans(
         chosen = replace(chosen, sleep_steps=min(chosen.sleep_steps, steps), label_steps=min(chosen.label_steps, steps))
     check_channel_alignment(channel_align)
     check_view(view)
-    where, watch = choose_device(device), Stopwatch()
+    where, watch = resolve_device(device), Stopwatch()
     model = prior if isinstance(prior, Model) else load_model(prior, trusted)
     if align is not None:
         check_alignment(align)
@@ -139,6 +139,7 @@ def fit_scans(
     chosen = recipe_for_field(chosen, model.field_of_view, math.prod(model.grid.spacing), warped)
     model = replace(model, recipe=chosen, channels=x.shape[1])
     watch.lap("read and align")
+    say_device(device, where)
     if out is not None:
         hashes = [file_sha256(path) for file in found for path in file.paths]
         begin_training(

@@ -14,7 +14,6 @@ import torch
 from ppl_seg.errors import InputError
 from ppl_seg.files import remove, remove_temporaries, write_text
 from ppl_seg.inference.checkpoint import remove_checkpoint
-from ppl_seg.inference.training_options import resolve_device
 
 LOGGER = logging.getLogger("ppl_seg")
 ASLEEP = "asleep"  # folder of the checkpoint of a fit's first training
@@ -29,12 +28,10 @@ def say(messages: Sequence[str]) -> None:
         LOGGER.info(message)
 
 
-def choose_device(name: str) -> torch.device:
-    """As `resolve_device`; where `auto` finds no GPU, that is said."""
-    device = resolve_device(name)
-    if name == "auto" and device.type == "cpu":
+def say_device(asked: str, device: torch.device) -> None:
+    """Where `auto` found no GPU, say so; after the inputs were read, as of bad ones one line is said."""
+    if asked == "auto" and device.type == "cpu":
         say(["no CUDA GPU found: the CPU computes"])
-    return device
 
 
 def is_finished(directory: str | Path | None, resume: bool) -> bool:

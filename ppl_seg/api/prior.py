@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ppl_seg.api.load import load_model
 from ppl_seg.api.model import Model
-from ppl_seg.api.output import begin_training, choose_device, claim_model_directory, finish_training, is_finished, say
+from ppl_seg.api.output import begin_training, claim_model_directory, finish_training, is_finished, say, say_device
 from ppl_seg.api.resources import available_memory, check_memory, prior_memory
 from ppl_seg.api.shapes import CLIP_NORM, LATENT_DIM, LEARNING_RATE, Lesson, learn_decoder, learn_warp
 from ppl_seg.api.trust import trust
@@ -35,7 +35,7 @@ from ppl_seg.files import file_sha256
 from ppl_seg.guides.families import FAMILIES
 from ppl_seg.inference.networks import WARP
 from ppl_seg.inference.report import prior_report
-from ppl_seg.inference.trainer import TrainingOptions
+from ppl_seg.inference.trainer import TrainingOptions, resolve_device
 from ppl_seg.models.shape_prior import ShapeModel, location_prior
 from ppl_seg.results.provenance import Stopwatch, run_record
 
@@ -122,7 +122,7 @@ def learn_prior(
         precision=precision,
         patience=8,
     )
-    where = choose_device(device)
+    where = resolve_device(device)
     if out is not None and is_finished(out, resume):
         return load_model(out)
     found = find_label_maps(label_maps, Selection(tuple(participants), tuple(sessions)))
@@ -135,7 +135,9 @@ def learn_prior(
     watch = Stopwatch()
     maps = load_label_maps(found, labels, value_map, merge_sides, spacing, align)
     chosen = shape or default_shape(maps.field_of_view, latent_dim, objective)
-    if chosen == WARP and (where.type != "cpu" or precision != "32"):
+    if chosen != WARP:
+        say_device(device, where)
+    elif where.type != "cpu" or precision != "32":
         say([f"--shape {WARP} is learned on the CPU, in 32 bits: --device and --precision say nothing there"])
     watch.lap("read and align")
     if out is not None:

@@ -15,7 +15,7 @@ import torch
 from ppl_seg import __version__
 from ppl_seg.api.load import load_model
 from ppl_seg.api.model import Model
-from ppl_seg.api.output import LOGGER, choose_device
+from ppl_seg.api.output import LOGGER, say_device
 from ppl_seg.api.resources import SHARES, available_memory, check_memory, is_out_of_memory, segment_memory
 from ppl_seg.api.trust import trust
 from ppl_seg.data.alignment import check_alignment
@@ -27,6 +27,7 @@ from ppl_seg.data.names import output_location
 from ppl_seg.data.nifti import open_image
 from ppl_seg.errors import InputError
 from ppl_seg.files import is_full
+from ppl_seg.inference.trainer import resolve_device
 from ppl_seg.results.provenance import command_line, machine
 from ppl_seg.results.volumes import mean_quality
 
@@ -111,7 +112,7 @@ def segment_scans(
     check_alignment(align or loaded.align)
     check_channel_alignment(channel_align)
     check_view(view)
-    device_used = choose_device(device)
+    device_used = resolve_device(device)
     found = find_scans(scans, suffix, channels, Selection(tuple(participants), tuple(sessions)))
     if loaded.scan_guide is not None:
         check_channels(found, loaded.channels)
@@ -160,6 +161,8 @@ def segment_scans(
         append_log(out, log_line(row, recorded(out, job.place)))
         report.rows.append(row)
     append_log(out, report.summary)
+    if any(row["status"] == "ok" for row in report.rows):
+        say_device(device, device_used)
     return report
 
 

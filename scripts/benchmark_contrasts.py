@@ -58,8 +58,9 @@ def simulate_head(labels: Image, contrast: str, seed: int, options: Options) -> 
     if contrast.endswith(THICK):
         axis = int(np.argmax(np.abs(affine[2, :3])))  # head to foot
         values, truth, affine = thick_slices(values, axis), thick_labels(truth, axis), thick_affine(affine, axis)
-    found = Image(truth, affine, labels.path, nib.Nifti1Header())
-    return Image(acquire(values, found.spacing, generator), affine, labels.path, nib.Nifti1Header()), found
+    header = nib.Nifti1Image(truth, affine).header  # says where the voxels lie
+    found = Image(truth, affine, labels.path, header)
+    return Image(acquire(values, found.spacing, generator), affine, labels.path, header), found
 
 
 def simulate_all(options: Options) -> None:

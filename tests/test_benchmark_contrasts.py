@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from ppl_seg.data.images import read_label_map
+from ppl_seg.data.images import read_label_map, read_scan, write_image
 
 from .data.heads import BRAIN, BRIGHT, INVERTED, head_labels
 
@@ -76,7 +76,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file, delimiter="\t"))
 
 
-def test_simulated_scans_look_like_their_contrast(data: Path, scripts: ModuleType) -> None:
+def test_simulated_scans_look_like_their_contrast(data: Path, scripts: ModuleType, tmp_path: Path) -> None:
     """Brightness by the class, both sides alike; slices of three have the labels that most of their voxels have."""
     labels = read_label_map(data / "head_labels" / "dev" / "sub-4_dseg.nii.gz")
     options = SimpleNamespace(maps=data / "head_labels")
@@ -94,6 +94,8 @@ def test_simulated_scans_look_like_their_contrast(data: Path, scripts: ModuleTyp
     scan, truth = scripts.simulate_head(labels, "flairthick", 0, options)
     assert scan.shape == truth.shape == (44, 52, 17) and np.allclose(scan.spacing, (4, 4, 12))
     assert np.allclose(scan.affine @ [3, 4, 5, 1], labels.affine @ [3, 4, 16, 1])  # the middle one of 15, 16, 17
+    write_image(tmp_path / "scan.nii.gz", scan.data, scan)
+    assert np.allclose(read_scan(tmp_path / "scan.nii.gz").affine, scan.affine)  # the file says where the slices lie
     first, middle, last = (labels.data[..., start:51:3] for start in range(3))
     assert np.array_equal(truth.data[first == last], first[first == last])
     assert np.array_equal(truth.data[first != last], middle[first != last])

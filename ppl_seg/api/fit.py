@@ -139,7 +139,6 @@ def fit_scans(
     chosen = recipe_for_field(chosen, model.field_of_view, math.prod(model.grid.spacing), warped)
     model = replace(model, recipe=chosen, channels=x.shape[1])
     watch.lap("read and align")
-    say_device(device, where)
     if out is not None:
         hashes = [file_sha256(path) for file in found for path in file.paths]
         begin_training(
@@ -186,6 +185,7 @@ def fit_scans(
         training_figure(log_file, Path(out) / "training.png", "Fit to the scans")  # before config.json
         fitted.save(out, {"training.csv": log_file.read_bytes(), "report.json": json.dumps(report, indent=2)})
         finish_training(out)
+    say_device(device, where)
     return fitted
 
 

@@ -29,9 +29,9 @@ def say(messages: Sequence[str]) -> None:
 
 
 def say_device(asked: str, device: torch.device) -> None:
-    """Where `auto` found no GPU, say so; after the inputs were read, as of bad ones one line is said."""
+    """Where `auto` found no GPU, say so; at the end, so that of a failure only the failure is said."""
     if asked == "auto" and device.type == "cpu":
-        say(["no CUDA GPU found: the CPU computes"])
+        say(["no CUDA GPU found: the CPU computed"])
 
 
 def is_finished(directory: str | Path | None, resume: bool) -> bool:

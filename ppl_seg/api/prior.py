@@ -135,10 +135,6 @@ def learn_prior(
     watch = Stopwatch()
     maps = load_label_maps(found, labels, value_map, merge_sides, spacing, align)
     chosen = shape or default_shape(maps.field_of_view, latent_dim, objective)
-    if chosen != WARP:
-        say_device(device, where)
-    elif where.type != "cpu" or precision != "32":
-        say([f"--shape {WARP} is learned on the CPU, in 32 bits: --device and --precision say nothing there"])
     watch.lap("read and align")
     if out is not None:
         identity: dict[str, Any] = {"label table": maps.table.to_dict(), "grid": maps.grid.to_dict()}
@@ -183,6 +179,10 @@ def learn_prior(
             {"training.csv": (Path(out) / "training.csv").read_bytes(), "report.json": json.dumps(report, indent=2)},
         )
         finish_training(out)
+    if chosen != WARP:
+        say_device(device, where)
+    elif where.type != "cpu" or precision != "32":
+        say([f"--shape {WARP} was learned on the CPU, in 32 bits: --device and --precision say nothing there"])
     return model
 
 

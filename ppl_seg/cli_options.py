@@ -25,6 +25,14 @@ class Precision(StrEnum):
     bf16 = "bf16"
 
 
+class BiasField(StrEnum):
+    """What is done about a bias field."""
+
+    auto = "auto"
+    n4 = "n4"
+    none = "none"
+
+
 class Intensity(StrEnum):
     """Whose intensity parameters."""
 
@@ -76,6 +84,9 @@ Objective = Annotated[str | None, typer.Option(metavar="NAME", help="marginal, j
 Guide = Annotated[str | None, typer.Option(metavar="NAME", help="mean-field, low-rank.")]
 LikelihoodPower = Annotated[
     float | None, typer.Option(metavar="B", help="Voxels count so many times; 1: the model as written.")
+]
+BiasFieldOption = Annotated[
+    BiasField | None, typer.Option("--bias-field", help="Divided out by N4 or not; auto: of whole heads.")
 ]
 Trust = Annotated[
     list[str] | None,

@@ -28,7 +28,7 @@ Run = Callable[..., tuple[int, str, str]]
 TRAINING = {"--seed", "--device", "--precision", "--threads", "--force", "--resume", "--verbose"}
 SELECTION = {"--participant-label", "--session-label"}
 SCANS = SELECTION | {"--suffix", "--mask", "--channels", "--objective", "--guide", "--likelihood-power", "--align"}
-SCANS |= {"--channel-align", "--brain", "--head"}
+SCANS |= {"--bias-field", "--channel-align", "--brain", "--head"}
 OPTIONS = {
     "prior": TRAINING
     | SELECTION
@@ -105,8 +105,8 @@ def test_prior_passes_everything_on(run: Run, fake: FakeApi, tmp_path: Path) -> 
 def test_fit_passes_everything_on(run: Run, fake: FakeApi) -> None:
     options = (
         "--prior P --out F --suffix T1w --mask none --channels T1w,FLAIR --recipe notes --objective jensen "
-        "--guide low-rank --intensity per-scan --likelihood-power 0.5 --align center --channel-align none "
-        "--brain --steps 7 --label-rounds 1 --trust a.b:C --trust d:E"
+        "--guide low-rank --intensity per-scan --likelihood-power 0.5 --bias-field n4 --align center "
+        "--channel-align none --brain --steps 7 --label-rounds 1 --trust a.b:C --trust d:E"
     )
     assert run("fit", "scans", *options.split())[:2] == (0, "F\n")
     assert fake.calls == [
@@ -117,6 +117,7 @@ def test_fit_passes_everything_on(run: Run, fake: FakeApi) -> None:
                 "prior": Path("P"), "out": Path("F"), "suffix": "T1w", "mask": "none",
                 "channels": ("T1w", "FLAIR"), "participants": (), "sessions": (), "recipe": "notes",
                 "objective": "jensen", "guide": "low-rank", "intensity": "per-scan", "likelihood_power": 0.5,
+                "bias_field": "n4",
                 "align": "center", "channel_align": "none", "view": "brain", "steps": 7, "label_rounds": 1,
                 "seed": 0, "device": "auto", "precision": "32", "trusted": ("a.b:C", "d:E"), "resume": False,
                 "force": False, "progress": False,
@@ -140,7 +141,8 @@ def test_segment_passes_everything_on(run: Run, fake: FakeApi) -> None:
                 "model": Path("M"), "out": Path("O"), "suffix": "T1w", "mask": "m.nii.gz", "channels": (),
                 "participants": (), "sessions": ("1", "2"),
                 "draws": 50, "refine": 0, "probabilities": True, "save_draws": True, "readout": "decoder",
-                "objective": "jensen", "guide": "low-rank", "likelihood_power": 1.0, "align": "none",
+                "objective": "jensen", "guide": "low-rank", "likelihood_power": 1.0,
+                "bias_field": None, "align": "none",
                 "channel_align": "rigid", "view": None, "seed": 0, "device": "auto", "trusted": (),
                 "force": True, "progress": False,
             },

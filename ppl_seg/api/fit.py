@@ -69,6 +69,7 @@ def fit_scans(
     guide: str | None = None,
     intensity: str | None = None,
     likelihood_power: float | None = None,
+    bias_field: str | None = None,
     align: str | None = None,
     channel_align: str = "rigid",
     view: str | None = None,
@@ -92,7 +93,8 @@ def fit_scans(
         participants, sessions: labels of the only ones to take; () takes all.
         trusted: import paths `package.module:Name` that the prior may name.
         channel_align: rigid or none, for channels on other grids. view: brain or head; None decides by the scans.
-        recipe: by name; objective, guide, intensity, likelihood_power, steps, label_rounds change it.
+        recipe: by name; objective, guide, intensity, likelihood_power, bias_field, steps, label_rounds
+            change it.
 
     Raises:
         InputError: bad files or options, too few scans, `out` in use. TrainingError: a bound that is not finite.
@@ -104,6 +106,7 @@ def fit_scans(
         guide=guide,
         intensity=intensity,
         likelihood_power=likelihood_power,
+        bias_field=bias_field,
         steps=steps,
         label_rounds=label_rounds,
     )
@@ -134,7 +137,7 @@ def fit_scans(
             chosen = replace(chosen, sleep_steps=STEPS_OF_LARGE_GRIDS, steps=STEPS_OF_LARGE_GRIDS)
     needed = fit_memory(model, chosen, len(found), len(found[0].paths))
     check_memory("fit", needed, available_memory(where), WAY_OUT)
-    model, x, observed = load_scans(model, found, mask, channel_align, view)
+    model, x, observed = load_scans(model, found, mask, channel_align, view, chosen)
     warped = isinstance(model.shape_prior, WarpedAtlas)
     chosen = recipe_for_field(chosen, model.field_of_view, math.prod(model.grid.spacing), warped)
     model = replace(model, recipe=chosen, channels=x.shape[1])
@@ -265,7 +268,12 @@ class _Stage:
 
 
 def load_scans(
-    model: Model, found: Sequence[Found], mask: str | Path, channel_align: str, view: str | None
+    model: Model,
+    found: Sequence[Found],
+    mask: str | Path,
+    channel_align: str,
+    view: str | None,
+    recipe: Recipe,
 ) -> tuple[Model, Tensor, Tensor]:
     """The model for these scans (`Model.for_scan`), and on its grid normalised intensities (n, C, *grid), observed."""
     if len(found) < FEWEST_SCANS:
@@ -285,7 +293,7 @@ def load_scans(
                 "they are with --brain or --head"
             )
         fitting, shown = (chosen, seen_as) if not shown else (fitting, shown)
-        _, scan, seen, _ = fitting.place(own, view=shown)  # of its own voxels nothing is kept
+        _, scan, seen, _ = fitting.place(own, view=shown, recipe=recipe)  # of its own voxels nothing is kept
         placed.append((scan, seen))
     say([f"{len(found)} scans on the prior's grid: {shown}s"])
     return fitting, torch.cat([scan for scan, _ in placed]), torch.cat([seen for _, seen in placed])

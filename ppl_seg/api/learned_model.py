@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from ppl_seg import __version__
 from ppl_seg.api.output import say
 from ppl_seg.data.alignment import Alignment, Atlas, align_scan
+from ppl_seg.data.bias_field import log_bias_field
 from ppl_seg.data.fields import brain_labels, field_of_scan
 from ppl_seg.data.grids import Grid
 from ppl_seg.data.labels import LabelTable
 from ppl_seg.data.loading import OwnScan, scan_on_grid
+from ppl_seg.data.resampling import resample
 from ppl_seg.errors import InputError
 from ppl_seg.files import file_sha256
 from ppl_seg.guides.deformations import DeformationGuide
@@ -141,12 +143,13 @@ class LearnedModel:
         return replace(self, shape_prior=prior, field_of_view="brain")
 
     def place(
-        self, own: OwnScan, align: str | None = None, view: str | None = None
+        self, own: OwnScan, align: str | None = None, view: str | None = None, recipe: Recipe | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Alignment]:
         """A scan normalised in its own voxels (C, X, Y, Z), on the grid (1, C, *grid), observed there, where it lies.
 
         Args:
             align: in place of the model's. view: the scan's field of view, see `for_scan`.
+            recipe: says whether the bias field is corrected; None takes the model's.
 
         Raises:
             InputError: the scan can't be aligned.
@@ -158,6 +161,8 @@ class LearnedModel:
         if alignment.overlap is not None or (alignment.kind == "center" and view != "crop"):
             overlap = "" if alignment.overlap is None else f", overlap {alignment.overlap:.2f}"
             say([f"{own.image.path}: a {view}; --align {alignment.kind}{overlap}"])
+        if (recipe or self.recipe).corrects_bias_field(view):
+            normalised = normalise(self._without_bias_field(own, alignment, view)[None], own.observed[None])[0]
         scan, observed = scan_on_grid(normalised, own.observed, alignment.matrix, self.grid.shape)
         if not bool(observed.any()):
             raise InputError(
@@ -166,6 +171,18 @@ class LearnedModel:
             )
         return normalised, scan[None], observed[None], alignment
 
+    def _without_bias_field(self, own: OwnScan, alignment: Alignment, view: str) -> Tensor:
+        """The channels (C, X, Y, Z) divided by their bias fields, of the brain where a head lies around it."""
+        region = np.ones(own.image.shape, bool)
+        if view == "head":
+            brain = torch.from_numpy(self.atlas().brain)[None].float()
+            region = resample(brain, np.linalg.inv(alignment.matrix), own.image.shape)[0].numpy() > 0.5
+        fields = [
+            log_bias_field(channel.numpy(), own.image.spacing, region & seen.numpy())
+            for channel, seen in zip(own.intensities, own.observed, strict=True)
+        ]
+        return own.intensities / torch.from_numpy(np.stack(fields)).exp()
+
     def checked_recipe(
         self,
         recipe: str | None,
@@ -173,6 +190,7 @@ class LearnedModel:
         guide: str | None,
         readout: str | None,
         likelihood_power: float | None,
+        bias_field: str | None = None,
     ) -> Recipe:
         """The recipe with a call's changes, or an InputError for what does not fit this model."""
         if readout not in (None, "marginals", "decoder"):
@@ -182,7 +200,7 @@ class LearnedModel:
                 f"--guide {guide}: the model was fitted with {self.recipe.guide}; fit again, or segment from the prior"
             )
         changes = {"objective": objective, "guide": guide, "readout": readout, "likelihood_power": likelihood_power}
-        return changed_recipe(self.recipe, recipe, **changes)
+        return changed_recipe(self.recipe, recipe, bias_field=bias_field, **changes)
 
     def adapted_recipe(self, recipe: Recipe) -> Recipe:
         """A recipe as it is used for this model's field of view; a fit's own was adapted when it was fitted."""

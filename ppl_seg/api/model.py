@@ -40,6 +40,7 @@ class Model(LearnedModel):
         objective: str | None = None,
         guide: str | None = None,
         likelihood_power: float | None = None,
+        bias_field: str | None = None,
         align: str | None = None,
         channel_align: str = "rigid",
         view: str | None = None,
@@ -59,7 +60,7 @@ class Model(LearnedModel):
             refine: gradient steps for this scan; None takes the recipe's, 0 leaves what the encoder says.
             mask: auto, none, or a mask's file.
             readout: `marginals` (argmax of the label marginals) or `decoder` (argmax of f).
-            objective, guide, likelihood_power, align, recipe: in place of the model's.
+            objective, guide, likelihood_power, bias_field, align, recipe: in place of the model's.
             channel_align: rigid or none, for channels on other grids than the first one's.
             view: brain or head, where the user knows what the scan shows; None decides.
             shape_from: a label map of this scan whose q(z|s) stands for the inference of z: a ceiling, no segmentation.
@@ -71,7 +72,7 @@ class Model(LearnedModel):
         """
         watch = Stopwatch()
         paths = scan if isinstance(scan, tuple) else (Path(scan),)
-        asked = self.checked_recipe(recipe, objective, guide, readout, likelihood_power)
+        asked = self.checked_recipe(recipe, objective, guide, readout, likelihood_power, bias_field)
         check_alignment(align or self.align)
         check_view(view)
         if draws < 1 or (refine or 0) < 0:
@@ -86,7 +87,7 @@ class Model(LearnedModel):
         watch.lap("read")
         fitting, shown = self.for_scan(own, view)
         chosen = fitting.adapted_recipe(asked)
-        normalised, on_grid, observed, alignment = fitting.place(own, align, shown)
+        normalised, on_grid, observed, alignment = fitting.place(own, align, shown, chosen)
         watch.lap("align")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derived_seed(seed, 0, Path(paths[0]).name))
@@ -147,6 +148,7 @@ class Model(LearnedModel):
                     view=view,
                     seed=seed,
                 ),
+                "bias_field": "n4" if chosen.corrects_bias_field(shown) else "none",
                 "likelihood_power": chosen.beta,
                 "deformation_strength": found.strength,
                 "readout_power": chosen.power_at(own.image.voxel_volume),

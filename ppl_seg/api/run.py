@@ -84,6 +84,7 @@ def segment_scans(
     objective: str | None = None,
     guide: str | None = None,
     likelihood_power: float | None = None,
+    bias_field: str | None = None,
     align: str | None = None,
     channel_align: str = "rigid",
     view: str | None = None,
@@ -120,9 +121,10 @@ def segment_scans(
     places = output_places(found, out)
     fixed: dict[str, Any] = {"draws": draws, "refine": refine, "readout": readout, "objective": objective}
     fixed |= {"guide": guide, "likelihood_power": likelihood_power, "recipe": recipe, "seed": seed}
+    fixed["bias_field"] = bias_field
     placing = {"align": align, "channel_align": channel_align, "view": view}
     fixed |= placing
-    chosen = loaded.checked_recipe(recipe, objective, guide, readout, likelihood_power)
+    chosen = loaded.checked_recipe(recipe, objective, guide, readout, likelihood_power, bias_field)
     masks, model_hash = masks_of(found, mask), loaded.hash  # the hash reads all weights: once
     jobs = [
         _Job(

@@ -20,6 +20,7 @@ class Recipe:
     """Options of `fit` and `segment`.
 
     Attributes:
+        bias_field: whether N4 divides it out before all else; auto: see `corrects_bias_field`.
         objective: name in `objectives.OBJECTIVES`. guide: family of q(z).
         shape: `prior`, the learned decoder; `location`, scores 0, f = p_loc.
         intensity: θ `per-scan` by EM, or `shared` by gradient.
@@ -43,6 +44,7 @@ class Recipe:
     """
 
     name: str = "default"
+    bias_field: Literal["auto", "n4", "none"] = "auto"
     objective: str = "marginal"
     guide: str = "mean-field"
     shape: Literal["prior", "location"] = "prior"
@@ -75,6 +77,10 @@ class Recipe:
     def beta(self) -> float:
         """β, as the program takes it."""
         return USUAL_POWER if self.likelihood_power is None else self.likelihood_power
+
+    def corrects_bias_field(self, view: str) -> bool:
+        """Whether N4 is due for a brain, a head or a crop: of itself for heads, which come as the scanner left them."""
+        return self.bias_field == "n4" or (self.bias_field == "auto" and view == "head")
 
     def power_at(self, voxel_volume: float) -> float:
         """κ for voxels of so many mm³.
@@ -152,6 +158,7 @@ def changed_recipe(recipe: Recipe, name: str | None = None, **changes: Any) -> R
         return build_recipe(name, **changes)
     changed = replace(recipe, **{key: value for key, value in changes.items() if value is not None})
     for option, value, known in (
+        ("--bias-field", changed.bias_field, {"auto", "n4", "none"}),
         ("--objective", changed.objective, set(OBJECTIVES) - {"sleep"}),
         ("--guide", changed.guide, set(FAMILIES)),
         ("--intensity", changed.intensity, {"per-scan", "shared"}),

@@ -21,16 +21,26 @@ def log_bias_field(intensities: np.ndarray, spacing: Sequence[float], region: np
             reasons. Voxels ≤ 0 do not count. Beyond it the field goes on smoothly; where it is too small, it is 0.
     """
     steps = [max(1, round(_COARSE / size)) for size in spacing]
-    region = region & (intensities > 0)
-    scan = sitk.GetImageFromArray(np.ascontiguousarray(intensities.T, dtype=np.float32))
-    mask = sitk.GetImageFromArray(np.ascontiguousarray(region.T, dtype=np.uint8))
-    for image in (scan, mask):
-        image.SetSpacing([float(size) for size in spacing])
-    coarse = sitk.Shrink(mask, steps)
-    if sitk.GetArrayViewFromImage(coarse).sum() < _FEWEST:
+    starts = [step // 2 for step in steps]
+    # by slicing: what SimpleITK's Shrink takes hangs on rounded positions, and the field on which voxels are taken
+    some = tuple(slice(start, None, step) for start, step in zip(starts, steps, strict=True))
+    counts = (region & (intensities > 0))[some]
+    if counts.sum() < _FEWEST:
         return np.zeros(intensities.shape, np.float32)
+    whole = _image(intensities, spacing, (0, 0, 0))
+    coarse = [n * size for n, size in zip(steps, spacing, strict=True)]
+    origin = [n * size for n, size in zip(starts, spacing, strict=True)]
     n4 = sitk.N4BiasFieldCorrectionImageFilter()
     n4.SetNumberOfThreads(1)  # sums in one order: the same scan gives the same field
     n4.SetMaximumNumberOfIterations(_ITERATIONS)
-    n4.Execute(sitk.Shrink(scan, steps), coarse)
-    return np.asarray(sitk.GetArrayFromImage(n4.GetLogBiasFieldAsImage(scan)).T, dtype=np.float32)
+    mask = sitk.Cast(_image(counts, coarse, origin), sitk.sitkUInt8)
+    n4.Execute(_image(intensities[some], coarse, origin), mask)
+    return np.asarray(sitk.GetArrayFromImage(n4.GetLogBiasFieldAsImage(whole)).T, dtype=np.float32)
+
+
+def _image(data: np.ndarray, spacing: Sequence[float], origin: Sequence[float]) -> sitk.Image:
+    """As SimpleITK has it, axes in C order reversed; the axes point along themselves."""
+    image = sitk.GetImageFromArray(np.ascontiguousarray(data.T, dtype=np.float32))
+    image.SetSpacing([float(size) for size in spacing])
+    image.SetOrigin([float(place) for place in origin])
+    return image

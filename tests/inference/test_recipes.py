@@ -40,3 +40,9 @@ def test_larger_voxels_are_believed_more_up_to_the_model_as_written() -> None:
     powers = [brain.power_at(side**3) for side in (0.5, 1.0, 2.0, 4.0, 8.0)]
     assert powers == pytest.approx([0.5 * 0.5**0.5, 0.5, 0.5 * 2**0.5, 1.0, 1.0])
     assert build_recipe("default").power_at(0.001) == 1.0
+
+
+def test_heads_alone_lose_their_bias_field_unless_asked() -> None:
+    usual, always, never = (build_recipe("default", bias_field=choice) for choice in ("auto", "n4", "none"))
+    assert [usual.corrects_bias_field(view) for view in ("head", "brain", "crop")] == [True, False, False]
+    assert all(always.corrects_bias_field(view) and not never.corrects_bias_field(view) for view in ("head", "brain"))

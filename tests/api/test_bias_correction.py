@@ -1,0 +1,70 @@
+"""Where a bias field is divided out: of heads, unless somebody says otherwise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from ppl_seg import learn_prior
+from ppl_seg.api import Model
+from ppl_seg.data.loading import load_scan
+from ppl_seg.errors import InputError
+from ppl_seg.inference.recipes import build_recipe
+from tests.data.heads import BRIGHT, head_labels, scan_of
+from tests.data.test_bias_field import wave
+
+TABLE = "index\tname\n0\tBackground\n1\tSkin\n2\tSkull\n3\tLeft-Cerebral-Cortex\n4\tLeft-Cerebral-White-Matter\n"
+TABLE += "5\tLeft-Lateral-Ventricle\n6\tLeft-Putamen\n7\tBrain-Stem\n"
+WHITE_MATTER = 4
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Path]:
+    """A prior of heads, and a scan with a field of the person in the middle."""
+    folder = tmp_path_factory.mktemp("heads")
+    labels, affine = head_labels()
+    (folder / "labels.tsv").write_text(TABLE)
+    for name, size in (("1", 1.0), ("2", 1.04), ("3", 0.96)):
+        centre = (np.array(labels.shape) - 1) / 2
+        scaled = ndimage.affine_transform(labels, np.eye(3) / size, centre - centre / size, order=0)
+        nib.save(nib.Nifti1Image(scaled.astype(np.uint8), affine), folder / f"sub-{name}_dseg.nii.gz")
+    scan = np.maximum(scan_of(labels, affine, BRIGHT).data, 0) * np.exp(wave(labels.shape))
+    nib.save(nib.Nifti1Image(scan.astype(np.float32), affine), folder / "sub-1_T1w.nii.gz")
+    prior = learn_prior(
+        sorted(folder.glob("*dseg.nii.gz")), labels=folder / "labels.tsv", spacing=8, steps=1, align="none"
+    )
+    return prior, folder / "sub-1_T1w.nii.gz"
+
+
+def spread(model: Model, scan: Path, choice: str, view: str) -> tuple[float, float]:
+    """Standard deviation of the white matter's normalised intensities: in the scan's own voxels, and on the grid."""
+    own = load_scan((scan,))
+    normalised, on_grid, _, alignment = model.place(own, "none", view, build_recipe("default", bias_field=choice))
+    white = head_labels()[0] == WHITE_MATTER
+    inner = ndimage.binary_erosion(white, iterations=2)
+    places = np.rint((np.argwhere(inner) - alignment.matrix[:3, 3]) @ np.linalg.inv(alignment.matrix[:3, :3]).T)
+    return float(normalised[0].numpy()[inner].std()), float(on_grid[0, 0].numpy()[tuple(places.astype(int).T)].std())
+
+
+def test_heads_lose_their_field_and_brains_keep_it(head: tuple[Model, Path]) -> None:
+    kept = spread(*head, "none", "head")
+    for lost, whole in zip(spread(*head, "auto", "head"), kept, strict=True):
+        assert lost < 0.5 * whole
+    assert spread(*head, "auto", "brain") == kept == spread(*head, "auto", "crop")
+
+
+def test_what_was_done_is_recorded(head: tuple[Model, Path]) -> None:
+    model, scan = head
+    for choice, done in (("none", "none"), (None, "n4")):
+        found = model.segment(scan, draws=1, align="none", recipe="location-em", bias_field=choice, view="head")
+        assert found.provenance["bias_field"] == done
+        assert f"'bias_field': '{choice or 'auto'}'" in str(found.provenance["options"])
+
+
+def test_an_unknown_choice_is_refused(head: tuple[Model, Path]) -> None:
+    with pytest.raises(InputError, match="--bias-field N3: unknown; choose one of auto, n4, none"):
+        head[0].segment(head[1], bias_field="N3")

@@ -9,20 +9,22 @@ LOWER, UPPER = 0.02, 0.98  # percentiles taken to 0 and 1
 CLIP = (-0.5, 1.5)  # single bright vessels must not stretch a Gaussian
 
 
-def normalise(scan: Tensor, observed: Tensor) -> Tensor:
+def normalise(scan: Tensor, observed: Tensor, region: Tensor | None = None) -> Tensor:
     """Take the 2nd percentile of the observed voxels to 0, the 98th to 1, clip to [-0.5, 1.5]; unobserved voxels are 0.
 
     Args:
         scan: intensities, (B, C, *grid); the content of unobserved voxels, NaN included, has no influence.
         observed: bool, (B, C or 1, *grid).
+        region: bool, broadcasts to the scan: the observed voxels of which the percentiles are; None for all.
 
     Returns:
         Normalised intensities, (B, C, *grid). A constant scan becomes 0.
     """
     observed = observed.expand_as(scan)
-    flat = torch.where(observed, scan, torch.full_like(scan, float("inf"))).flatten(2)
+    ranked = observed if region is None else observed & region
+    flat = torch.where(ranked, scan, torch.full_like(scan, float("inf"))).flatten(2)
     ordered = flat.sort(-1).values
-    count = observed.flatten(2).sum(-1, keepdim=True)
+    count = ranked.flatten(2).sum(-1, keepdim=True)
     last = (count - 1).clamp(min=0)
     lower = ordered.gather(-1, (last * LOWER).round().long())
     upper = ordered.gather(-1, (last * UPPER).round().long())

@@ -18,13 +18,13 @@ JITTER = 0.02  # sd of a structure's brightness within its class, both sides ali
 CONTRASTS = {
     "t1": {"csf": 0.20, "grey-matter": 0.58, "white-matter": 0.85, "cerebellum-cortex": 0.55}
     | {"cerebellum-white-matter": 0.82, "thalamus": 0.70, "putamen": 0.63, "pallidum": 0.75, "ventral-dc": 0.76}
-    | {"hippocampus-amygdala": 0.56, "brain-stem": 0.78, "optic-chiasm": 0.75, "vessel": 0.35, "lesion": 0.50},
+    | {"hippocampus-amygdala": 0.56, "brain-stem": 0.78, "vessel": 0.35, "lesion": 0.50},
     "t2": {"csf": 0.95, "grey-matter": 0.52, "white-matter": 0.35, "cerebellum-cortex": 0.50}
     | {"cerebellum-white-matter": 0.36, "thalamus": 0.44, "putamen": 0.44, "pallidum": 0.30, "ventral-dc": 0.36}
-    | {"hippocampus-amygdala": 0.54, "brain-stem": 0.40, "optic-chiasm": 0.45, "vessel": 0.20, "lesion": 0.70},
+    | {"hippocampus-amygdala": 0.54, "brain-stem": 0.40, "vessel": 0.20, "lesion": 0.70},
     "flair": {"csf": 0.12, "grey-matter": 0.68, "white-matter": 0.55, "cerebellum-cortex": 0.64}
     | {"cerebellum-white-matter": 0.55, "thalamus": 0.60, "putamen": 0.62, "pallidum": 0.50, "ventral-dc": 0.56}
-    | {"hippocampus-amygdala": 0.70, "brain-stem": 0.57, "optic-chiasm": 0.50, "vessel": 0.15, "lesion": 0.95},
+    | {"hippocampus-amygdala": 0.70, "brain-stem": 0.57, "vessel": 0.15, "lesion": 0.95},
 }
 
 

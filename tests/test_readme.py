@@ -18,7 +18,7 @@ from ppl_seg.api.shapes import CONTROL, LATENT_DIM
 from ppl_seg.cli import app
 from ppl_seg.guides.families import FAMILIES
 from ppl_seg.inference.objectives import OBJECTIVES
-from ppl_seg.inference.recipes import BRAIN_POWER, build_recipe
+from ppl_seg.inference.recipes import POWER_OF_A_CUBIC_MM, build_recipe
 from tests.documents import NOT_RUN, ROOT, blocks, commands, run_command
 
 README = ROOT / "README.md"
@@ -134,7 +134,7 @@ def test_the_defaults_are_those_of_the_code() -> None:
     text, recipe = README.read_text(encoding="utf-8"), build_recipe("default")
     assert f"the default for crops ({LATENT_DIM} numbers z)" in text
     assert f"noise on points {CONTROL:g} mm apart" in text
-    assert f"by default {recipe.beta:g}; for brains {BRAIN_POWER:g} for each mm³" in text
+    assert f"by default {recipe.beta:g}; for brains and heads {POWER_OF_A_CUBIC_MM:g} for each mm³" in text
     assert f"EM, then {recipe.refine_steps} gradient steps (`--refine`)" in text
     assert f"EM, then {recipe.per_scan_steps} gradient steps |" in text
     assert f"needs at least {FEWEST_MAPS})" in text

@@ -147,6 +147,8 @@ class LearnedModel:
     ) -> tuple[Tensor, Tensor, Tensor, Alignment]:
         """A scan normalised in its own voxels (C, X, Y, Z), on the grid (1, C, *grid), observed there, where it lies.
 
+        A head is normalised by its brain, so that a bright scalp does not make tissues alike.
+
         Args:
             align: in place of the model's. view: the scan's field of view, see `for_scan`.
             recipe: says whether the bias field is corrected; None takes the model's.
@@ -154,15 +156,17 @@ class LearnedModel:
         Raises:
             InputError: the scan can't be aligned.
         """
-        normalised = normalise(own.intensities[None], own.observed[None])[0]
         anywhere = own.observed.any(0).numpy()
         view = view or field_of_scan(own.image, anywhere)
         alignment = align_scan(align or self.align, own.image, anywhere, self.atlas(), view)
         if alignment.overlap is not None or (alignment.kind == "center" and view != "crop"):
             overlap = "" if alignment.overlap is None else f", overlap {alignment.overlap:.2f}"
             say([f"{own.image.path}: a {view}; --align {alignment.kind}{overlap}"])
+        region = self._brain_in(own, alignment) if view == "head" else torch.ones(own.image.shape, dtype=torch.bool)
+        intensities = own.intensities
         if (recipe or self.recipe).corrects_bias_field(view):
-            normalised = normalise(self._without_bias_field(own, alignment, view)[None], own.observed[None])[0]
+            intensities = _without_bias_field(own, region)
+        normalised = normalise(intensities[None], own.observed[None], region)[0]
         scan, observed = scan_on_grid(normalised, own.observed, alignment.matrix, self.grid.shape)
         if not bool(observed.any()):
             raise InputError(
@@ -171,17 +175,11 @@ class LearnedModel:
             )
         return normalised, scan[None], observed[None], alignment
 
-    def _without_bias_field(self, own: OwnScan, alignment: Alignment, view: str) -> Tensor:
-        """The channels (C, X, Y, Z) divided by their bias fields, of the brain where a head lies around it."""
-        region = np.ones(own.image.shape, bool)
-        if view == "head":
-            brain = torch.from_numpy(self.atlas().brain)[None].float()
-            region = resample(brain, np.linalg.inv(alignment.matrix), own.image.shape)[0].numpy() > 0.5
-        fields = [
-            log_bias_field(channel.numpy(), own.image.spacing, region & seen.numpy())
-            for channel, seen in zip(own.intensities, own.observed, strict=True)
-        ]
-        return own.intensities / torch.from_numpy(np.stack(fields)).exp()
+    def _brain_in(self, own: OwnScan, alignment: Alignment) -> Tensor:
+        """(X, Y, Z) bool: where a scan shows the brain; all of it, where the prior knows of none there."""
+        brain = torch.from_numpy(self.atlas().brain)[None].float()
+        found = resample(brain, np.linalg.inv(alignment.matrix), own.image.shape)[0] > 0.5
+        return found if bool((found & own.observed.all(0)).any()) else torch.ones_like(found)
 
     def checked_recipe(
         self,
@@ -216,3 +214,12 @@ class LearnedModel:
         if Path(others.get("mask", "")).is_file():  # another mask may come to have its name
             others["mask_sha256"] = file_sha256(others["mask"])
         return {"recipe": recipe.to_dict(), **{name: str(value) for name, value in others.items()}}
+
+
+def _without_bias_field(own: OwnScan, region: Tensor) -> Tensor:
+    """The channels (C, X, Y, Z) divided by their bias fields, which are fitted in a region (X, Y, Z)."""
+    fields = [
+        log_bias_field(channel.numpy(), own.image.spacing, (region & seen).numpy())
+        for channel, seen in zip(own.intensities, own.observed, strict=True)
+    ]
+    return own.intensities / torch.from_numpy(np.stack(fields)).exp()

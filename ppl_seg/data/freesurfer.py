@@ -36,7 +36,7 @@ _CLASS_OF_STEM = {
     "accumbens": "grey-matter",
     "ventraldc": "ventral-dc",
     "brain-stem": "brain-stem",
-    "optic-chiasm": "optic-chiasm",
+    "optic-chiasm": "white-matter",
     "choroid-plexus": "choroid-plexus",
     "vessel": "vessel",
     "wm-hypointensities": "wm-hypointensities",

@@ -12,7 +12,7 @@ from .expectation import MapOptions
 from .objectives import OBJECTIVES
 
 USUAL_POWER = 0.05  # β, where nothing else is said
-BRAIN_POWER = 0.00625  # β of brains, for each mm³ of a voxel: 0.05 on a grid of 2 mm
+POWER_OF_A_CUBIC_MM = 0.00625  # β of brains and heads, for each mm³ of a voxel: 0.05 on a grid of 2 mm
 
 
 @dataclass(frozen=True)
@@ -175,9 +175,10 @@ def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float, wa
 
     A crop's box says where its structures are, and its scans are of the label maps' kind: on average they agree with
     the location prior. Whole brains differ with age, and their label maps are often others'.
-    Around a brain without its head lies one kind of background, fluid: maps of it take from the structures instead.
+    Maps of the background, learned from one scan, take the fluid from the structures, around a brain and within a head.
     Two Gaussians a class, for partial volume, nuclei and lesions, help brains and crops. Heads have many classes that
-    look alike, and EM two optima then: a tenth of a millimetre in the registration decides between them.
+    look alike, and EM two optima then: a tenth of a millimetre in the registration decides between them. One Gaussian
+    must be wide enough for fluid that is bright.
     How far people differ from an atlas differs: old brains further than its label maps, most others less.
     What is left unexplained has a size in mm³, so that voxels count by theirs.
 
@@ -185,19 +186,25 @@ def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float, wa
         voxel_volume: of the prior's grid, mm³.
         warped: the prior is an atlas that is deformed, and would shrink from its mask.
     """
-    if field_of_view != "crop":
-        recipe = replace(recipe, label_blur=0.0)
+    if field_of_view == "crop":
+        return recipe
+    recipe = replace(recipe, label_blur=0.0)
     if field_of_view == "head":
         recipe = replace(recipe, components=1)
-    if field_of_view != "brain" or recipe.classes == "labels":
+    if recipe.classes == "labels":
         return recipe
     power = recipe.likelihood_power
-    return replace(
+    recipe = replace(
         recipe,
         maps=None,
+        readout_power=0.5,
+        likelihood_power=min(1.0, POWER_OF_A_CUBIC_MM * voxel_volume) if power is None else power,
+    )
+    if field_of_view == "head":
+        return replace(recipe, pseudo=replace(recipe.pseudo, sd_share=min(1.0, recipe.pseudo.sd_share)))
+    return replace(
+        recipe,
         background_components=2,
         mask_background=0.2 if warped else recipe.mask_background,
         strengths=(1.0, 0.5) if warped else recipe.strengths,
-        readout_power=0.5,
-        likelihood_power=min(1.0, BRAIN_POWER * voxel_volume) if power is None else power,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ppl_seg.inference.recipes import BRAIN_POWER, RECIPES, build_recipe, recipe_for_field
+from ppl_seg.inference.recipes import POWER_OF_A_CUBIC_MM, RECIPES, build_recipe, recipe_for_field
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -12,16 +12,19 @@ def test_crops_get_the_recipe_as_it_is(name: str) -> None:
     assert recipe_for_field(build_recipe(name), "crop", 1.0) == build_recipe(name)
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_heads_do_not_need_to_agree_with_the_prior_on_average(name: str) -> None:
-    recipe = recipe_for_field(build_recipe(name), "head", 1.0)
-    assert recipe == build_recipe(name, label_blur=0.0, components=1)
+@pytest.mark.parametrize("name", sorted(RECIPES.keys() - {"notes"}))
+def test_heads_have_one_gaussian_a_class_as_wide_as_it_needs(name: str) -> None:
+    recipe = recipe_for_field(build_recipe(name), "head", 8.0)
+    assert recipe.components == 1 and recipe.maps is None and recipe.label_blur == 0
+    assert 0 < recipe.pseudo.sd_share < build_recipe(name).pseudo.sd_share
+    assert recipe.readout_power < 1 and recipe.beta == pytest.approx(8 * POWER_OF_A_CUBIC_MM)
+    assert recipe_for_field(recipe, "head", 8.0) == recipe
 
 
 def test_brains_get_constant_background_weights() -> None:
     recipe = recipe_for_field(build_recipe("default"), "brain", 8.0)
     assert recipe.maps is None and recipe.components == 2 and recipe.pseudo.sd_share > 0
-    assert recipe.readout_power < 1 and recipe.beta == pytest.approx(8 * BRAIN_POWER)
+    assert recipe.readout_power < 1 and recipe.beta == pytest.approx(8 * POWER_OF_A_CUBIC_MM)
     assert recipe.mask_background == 1 > recipe_for_field(recipe, "brain", 8.0, warped=True).mask_background
     assert recipe_for_field(recipe, "brain", 8.0) == recipe
     assert len(recipe.strengths) == 1 < len(recipe_for_field(recipe, "brain", 8.0, warped=True).strengths)
@@ -32,7 +35,8 @@ def test_brains_get_constant_background_weights() -> None:
 
 
 def test_the_notes_model_stays_what_it_is() -> None:
-    assert recipe_for_field(build_recipe("notes"), "brain", 8.0) == build_recipe("notes", label_blur=0.0)
+    for field in ("brain", "head"):
+        assert recipe_for_field(build_recipe("notes"), field, 8.0) == build_recipe("notes", label_blur=0.0)
 
 
 def test_larger_voxels_are_believed_more_up_to_the_model_as_written() -> None:

@@ -73,3 +73,13 @@ def test_a_batch_is_its_scans() -> None:
     out = normalise(SCAN, OBSERVED)
     for b in range(2):
         assert torch.equal(out[b : b + 1], normalise(SCAN[b : b + 1], OBSERVED[b : b + 1]))
+
+
+def test_a_region_sets_the_range_of_all_observed_voxels() -> None:
+    region = torch.zeros_like(OBSERVED)
+    region[..., ::2, :] = True
+    inside = normalise(SCAN, OBSERVED & region)
+    out = normalise(SCAN, OBSERVED, region)
+    assert torch.equal(torch.where(region, out, 0.0), inside)
+    assert torch.where(OBSERVED & ~region, out, 0.0).any() and not torch.where(OBSERVED, 0.0, out).any()
+    assert torch.equal(normalise(SCAN, OBSERVED, torch.ones_like(OBSERVED)), normalise(SCAN, OBSERVED))

@@ -8,7 +8,7 @@ import numpy as np
 import SimpleITK as sitk
 
 _COARSE = 4.0  # mm: voxels that the field is fitted to
-_ITERATIONS = (50, 50, 50, 30)  # at most, of each level; control points are twice as close at the next
+_ITERATIONS = (50, 50, 50, 30)  # of each level; control points are twice as close at the next
 _FEWEST = 1000  # voxels of the region on the coarse grid; fewer do not tell a field from anatomy
 
 
@@ -33,6 +33,7 @@ def log_bias_field(intensities: np.ndarray, spacing: Sequence[float], region: np
     n4 = sitk.N4BiasFieldCorrectionImageFilter()
     n4.SetNumberOfThreads(1)  # sums in one order: the same scan gives the same field
     n4.SetMaximumNumberOfIterations(_ITERATIONS)
+    n4.SetConvergenceThreshold(0)  # a voxel more or less in the region must not stop it elsewhere
     mask = sitk.Cast(_image(counts, coarse, origin), sitk.sitkUInt8)
     n4.Execute(_image(intensities[some], coarse, origin), mask)
     return np.asarray(sitk.GetArrayFromImage(n4.GetLogBiasFieldAsImage(whole)).T, dtype=np.float32)

@@ -13,11 +13,10 @@ from types import ModuleType, SimpleNamespace
 import nibabel as nib
 import numpy as np
 import pytest
-from scipy import ndimage
 
 from ppl_seg.data.images import read_label_map, read_scan, write_image
 
-from .data.heads import BRAIN, BRIGHT, INVERTED, head_labels
+from .data.heads import BRAIN, BRIGHT, INVERTED, head_labels, resized
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark_contrasts.py"
 NAMES = {1: "Skin", 2: "Skull", 3: "Left-Cerebral-Cortex", 4: "Left-Cerebral-White-Matter"}
@@ -36,10 +35,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
     labels, affine = head_labels()
     labels = np.pad(labels, ((0, 0), (0, 0), (0, 5)))  # slices of three are 17
-    centre = (np.array(labels.shape) - 1) / 2
     for name, size in (("prior/sub-1", 1.0), ("prior/sub-2", 1.04), ("prior/sub-3", 0.96), ("dev/sub-4", 1.02)):
-        scaled = ndimage.affine_transform(labels, np.eye(3) / size, centre - centre / size, order=0)
-        save(scaled.astype(np.uint8), affine, root / "head_labels" / f"{name}_dseg.nii.gz")
+        save(resized(labels, size), affine, root / "head_labels" / f"{name}_dseg.nii.gz")
     rows = "".join(f"{value}\t{name}\n" for value, name in {**NAMES, 16: "Brain-Stem"}.items() if value != 7)
     (root / "head_labels" / "labels.tsv").write_text("index\tname\n" + rows + "7\tstem\n")
     (root / "head_labels" / "map.tsv").write_text("from\tto\n1\t0\n2\t0\n7\t16\n")

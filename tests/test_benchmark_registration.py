@@ -11,9 +11,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from scipy import ndimage
 
-from .data.heads import head_labels
+from .data.heads import head_labels, resized
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark_registration.py"
 NAMES = {1: "Skin", 2: "Skull", 3: "Left-Cerebral-Cortex", 4: "Left-Cerebral-White-Matter"}
@@ -26,11 +25,9 @@ def data(tmp_path: Path) -> Path:
     labels, affine = head_labels()
     root = tmp_path / "data"
     for name, size in (("prior/sub-1", 1.0), ("prior/sub-2", 1.04), ("prior/sub-3", 0.96), ("dev/sub-4", 1.02)):
-        centre = (np.array(labels.shape) - 1) / 2
-        scaled = ndimage.affine_transform(labels, np.eye(3) / size, centre - centre / size, order=0)
         path = root / f"{name}_dseg.nii.gz"
         path.parent.mkdir(parents=True, exist_ok=True)
-        nib.save(nib.Nifti1Image(scaled.astype(np.uint8), affine), path)
+        nib.save(nib.Nifti1Image(resized(labels, size), affine), path)
     rows = "".join(f"{value}\t{name}\n" for value, name in NAMES.items())
     (root / "labels.tsv").write_text("index\tname\n" + rows, encoding="utf-8")
     return root

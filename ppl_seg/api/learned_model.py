@@ -158,11 +158,14 @@ class LearnedModel:
         """
         anywhere = own.observed.any(0).numpy()
         view = view or field_of_scan(own.image, anywhere)
-        alignment = align_scan(align or self.align, own.image, anywhere, self.atlas(), view)
+        atlas = self.atlas()
+        alignment = align_scan(align or self.align, own.image, anywhere, atlas, view)
         if alignment.overlap is not None or (alignment.kind == "center" and view != "crop"):
             overlap = "" if alignment.overlap is None else f", overlap {alignment.overlap:.2f}"
             say([f"{own.image.path}: a {view}; --align {alignment.kind}{overlap}"])
-        region = self._brain_in(own, alignment) if view == "head" else torch.ones(own.image.shape, dtype=torch.bool)
+        region = torch.ones(own.image.shape, dtype=torch.bool)
+        if view == "head":
+            region = _brain_in(own, atlas, alignment)
         intensities = own.intensities
         if (recipe or self.recipe).corrects_bias_field(view):
             intensities = _without_bias_field(own, region)
@@ -174,12 +177,6 @@ class LearnedModel:
                 "give scans of its space"
             )
         return normalised, scan[None], observed[None], alignment
-
-    def _brain_in(self, own: OwnScan, alignment: Alignment) -> Tensor:
-        """(X, Y, Z) bool: where a scan shows the brain; all of it, where the prior knows of none there."""
-        brain = torch.from_numpy(self.atlas().brain)[None].float()
-        found = resample(brain, np.linalg.inv(alignment.matrix), own.image.shape)[0] > 0.5
-        return found if bool((found & own.observed.all(0)).any()) else torch.ones_like(found)
 
     def checked_recipe(
         self,
@@ -197,8 +194,9 @@ class LearnedModel:
             raise InputError(
                 f"--guide {guide}: the model was fitted with {self.recipe.guide}; fit again, or segment from the prior"
             )
-        changes = {"objective": objective, "guide": guide, "readout": readout, "likelihood_power": likelihood_power}
-        return changed_recipe(self.recipe, recipe, bias_field=bias_field, **changes)
+        changes: dict[str, Any] = {"objective": objective, "guide": guide, "readout": readout}
+        changes |= {"likelihood_power": likelihood_power, "bias_field": bias_field}
+        return changed_recipe(self.recipe, recipe, **changes)
 
     def adapted_recipe(self, recipe: Recipe) -> Recipe:
         """A recipe as it is used for this model's field of view; a fit's own was adapted when it was fitted."""
@@ -214,6 +212,13 @@ class LearnedModel:
         if Path(others.get("mask", "")).is_file():  # another mask may come to have its name
             others["mask_sha256"] = file_sha256(others["mask"])
         return {"recipe": recipe.to_dict(), **{name: str(value) for name, value in others.items()}}
+
+
+def _brain_in(own: OwnScan, atlas: Atlas, alignment: Alignment) -> Tensor:
+    """(X, Y, Z) bool: where a scan shows the atlas' brain; all of it, where it shows none."""
+    brain = torch.from_numpy(atlas.brain)[None].float()
+    found = resample(brain, np.linalg.inv(alignment.matrix), own.image.shape)[0] > 0.5
+    return found if bool((found & own.observed.all(0)).any()) else torch.ones_like(found)
 
 
 def _without_bias_field(own: OwnScan, region: Tensor) -> Tensor:

@@ -119,9 +119,8 @@ def segment_scans(
         check_channels(found, loaded.channels)
     out = Path(out)
     places = output_places(found, out)
-    fixed: dict[str, Any] = {"draws": draws, "refine": refine, "readout": readout, "objective": objective}
-    fixed |= {"guide": guide, "likelihood_power": likelihood_power, "recipe": recipe, "seed": seed}
-    fixed["bias_field"] = bias_field
+    fixed: dict[str, Any] = {"draws": draws, "refine": refine, "readout": readout, "objective": objective, "seed": seed}
+    fixed |= {"guide": guide, "likelihood_power": likelihood_power, "bias_field": bias_field, "recipe": recipe}
     placing = {"align": align, "channel_align": channel_align, "view": view}
     fixed |= placing
     chosen = loaded.checked_recipe(recipe, objective, guide, readout, likelihood_power, bias_field)

@@ -189,8 +189,6 @@ def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float, wa
     if field_of_view == "crop":
         return recipe
     recipe = replace(recipe, label_blur=0.0)
-    if field_of_view == "head":
-        recipe = replace(recipe, components=1)
     if recipe.classes == "labels":
         return recipe
     power = recipe.likelihood_power
@@ -201,7 +199,7 @@ def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float, wa
         likelihood_power=min(1.0, POWER_OF_A_CUBIC_MM * voxel_volume) if power is None else power,
     )
     if field_of_view == "head":
-        return replace(recipe, pseudo=replace(recipe.pseudo, sd_share=min(1.0, recipe.pseudo.sd_share)))
+        return replace(recipe, components=1, pseudo=replace(recipe.pseudo, sd_share=min(1.0, recipe.pseudo.sd_share)))
     return replace(
         recipe,
         background_components=2,

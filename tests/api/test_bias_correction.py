@@ -14,7 +14,7 @@ from ppl_seg.api import Model
 from ppl_seg.data.loading import load_scan
 from ppl_seg.errors import InputError
 from ppl_seg.inference.recipes import build_recipe
-from tests.data.heads import BRIGHT, head_labels, scan_of
+from tests.data.heads import BRIGHT, head_labels, resized, scan_of
 from tests.data.test_bias_field import wave
 
 TABLE = "index\tname\n0\tBackground\n1\tSkin\n2\tSkull\n3\tLeft-Cerebral-Cortex\n4\tLeft-Cerebral-White-Matter\n"
@@ -29,9 +29,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Path]:
     labels, affine = head_labels()
     (folder / "labels.tsv").write_text(TABLE)
     for name, size in (("1", 1.0), ("2", 1.04), ("3", 0.96)):
-        centre = (np.array(labels.shape) - 1) / 2
-        scaled = ndimage.affine_transform(labels, np.eye(3) / size, centre - centre / size, order=0)
-        nib.save(nib.Nifti1Image(scaled.astype(np.uint8), affine), folder / f"sub-{name}_dseg.nii.gz")
+        nib.save(nib.Nifti1Image(resized(labels, size), affine), folder / f"sub-{name}_dseg.nii.gz")
     scan = np.maximum(scan_of(labels, affine, BRIGHT).data, 0) * np.exp(wave(labels.shape))
     nib.save(nib.Nifti1Image(scan.astype(np.float32), affine), folder / "sub-1_T1w.nii.gz")
     prior = learn_prior(

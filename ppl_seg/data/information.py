@@ -114,7 +114,7 @@ def most_informative(
 
     Args:
         kind: rigid, similarity or affine: what may change of the start. tolerance: FINE or ROUGH.
-        stiffness: nats that half the squared sum of all scales, shears and stretches (logarithms) costs.
+        stiffness: nats that half the squared sum of the logarithms of the world matrix' three stretches costs.
     """
     freedom = FREEDOM[kind]
     begin, generators = torch.from_numpy(start), torch.from_numpy(_GENERATORS[:freedom])
@@ -127,11 +127,17 @@ def most_informative(
 
     def loss(values: np.ndarray) -> tuple[float, np.ndarray]:
         asked = torch.tensor(values, requires_grad=True)
-        strain = asked[6:] / _REACH
-        value = 0.5 * stiffness * strain.square().sum() - comparison.information(world_of(asked))
+        world = world_of(asked)
+        value = 0.5 * stiffness * strain(world) - comparison.information(world)
         (gradient,) = torch.autograd.grad(value, asked)
         return value.item(), gradient.numpy()
 
     options = {**_PRECISION, "ftol": tolerance}
     found = minimize(loss, np.zeros(3 + freedom), jac=True, method="L-BFGS-B", options=options)
     return world_of(torch.from_numpy(found.x)).numpy(), -float(found.fun)
+
+
+def strain(world: Tensor) -> Tensor:
+    """The squared sum of the logarithms of a world matrix' three stretches: 0 where millimetres stay millimetres."""
+    linear = world[:3, :3]
+    return 0.25 * torch.linalg.eigvalsh(linear.T @ linear).log().square().sum()

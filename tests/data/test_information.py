@@ -6,7 +6,7 @@ import torch
 from scipy import ndimage
 from scipy.interpolate import BSpline
 
-from ppl_seg.data.information import _BINS, Comparison, most_informative
+from ppl_seg.data.information import _BINS, Comparison, most_informative, strain
 from ppl_seg.data.registration import Volume
 
 from .heads import BRIGHT, INVERTED, SPACING, head_labels, scan_of
@@ -81,3 +81,16 @@ def test_stiffness_costs_stretches_and_no_turns():
     assert strains[0] == pytest.approx(np.log(1.1), abs=0.02)
     assert strains[0] > strains[1] > strains[2] and strains[2] < 0.02
     assert np.linalg.norm(found[:3, :3] - np.eye(3)) > 0.1  # turned all the same
+
+
+def test_strain_is_of_the_whole_map_and_not_of_its_last_step():
+    """A stage that begins where another has shrunk pays for both."""
+    random = np.random.default_rng(0)
+    world = np.eye(4)
+    world[:3, :3] += 0.2 * random.normal(size=(3, 3))
+    expected = (np.log(np.linalg.svd(world[:3, :3], compute_uv=False)) ** 2).sum()
+    assert float(strain(torch.from_numpy(world))) == pytest.approx(expected, rel=1e-10)
+    compared = comparison(INVERTED, head_labels()[1])
+    begun = np.diag([0.8, 0.8, 0.8, 1.0])
+    found, _ = most_informative(compared, begun, "similarity", stiffness=300.0)
+    assert np.linalg.svd(found[:3, :3], compute_uv=False) == pytest.approx(np.ones(3), abs=0.02)

@@ -5,20 +5,17 @@
 DIR/SET holds prior/*_dseg.nii.gz, dev/scans/*_T1w.nii.gz, dev/truth/*_dseg.nii.gz, labels.tsv
 (index, name) and groups.tsv (index, group). With --prior-maps the label maps of another protocol teach the prior: a
 folder with prior/, labels.tsv and map.tsv (from, to), which brings their values to the set's. With --mask the scans'
-own brain mask is made 2 mm smaller or larger (`mask_changes`). Each stage works in OUT/<stage>; one that is done
-(done.json) is not run again, unless one it builds on was. Results: summary.md, TSV tables and figures in OUT.
+own brain mask is made 2 mm smaller or larger (`mask_changes`). Other tools are rows, too, where asked for (`peers`).
+Each stage works in OUT/<stage>; one that is done (done.json) is not run again, unless one it builds on was. Results:
+summary.md, TSV tables and figures in OUT.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +25,14 @@ import xarray as xr
 from benchmark_report import ALIKE, BUDGETS, METHODS, NEAR, Rows, average, best_of, page, summarise
 from benchmark_volumes import agreement, box_baseline, box_of, retest, volumes_page
 from mask_changes import CHANGES, write_changed
+from peers import MIXED, PEERS, TISSUES, segment_by_peer
 from scipy import ndimage
+from stages import Stages
 
-from ppl_seg import __version__, load_model
+from ppl_seg import load_model
 from ppl_seg.data import tables as label_tables
 from ppl_seg.data.cohort import find_label_maps, find_scans
-from ppl_seg.data.images import read_label_map, write_image
+from ppl_seg.data.images import read_label_map, read_scan, write_image
 from ppl_seg.data.names import match_files, output_location, parse_name
 from ppl_seg.errors import InputError
 from ppl_seg.files import write_text
@@ -44,6 +43,7 @@ from ppl_seg.results.tables import read_table, write_table
 BY_API = {"0": ("recipe", "location"), "a": ("recipe", "location-em")}
 BY_API |= {"e-f": ("readout", "decoder"), "e-r": ("readout", "marginals")}
 REFINED = {"b": (), "c": ("--refine", "0"), "d": ()}  # what `segment` gets beside the model
+TISSUES_ALONE = {"hmrf"}
 STEPS = (0, 10, 20, 40, 80)
 SETS: dict[str, tuple[str, ...]] = {"hippocampus": (), "oasis": ("--spacing", "2")}  # what `prior` gets beside --labels
 Segmented = dict[Path, Path]  # scan -> its label map
@@ -58,54 +58,6 @@ class Case:
     truth: Path
     person: str
     session: str
-
-
-@dataclass
-class Stages:
-    """Runs each stage once, in OUT/<stage>.part, which becomes OUT/<stage> when it is done."""
-
-    out: Path
-    done: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def run(self, name: str, command: list[str], needs: Iterable[str], work: Callable[[Path], None]) -> Path:
-        """The stage's folder, made by `work`; used again where `command`, the words for it, is the same."""
-        folder, part = self.out / name, self.out / f"{name}.part"
-        if folder.exists() and not self._fresh(folder, command, needs):
-            shutil.rmtree(folder)
-        if not folder.exists():
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-            print(f"== {name}: {' '.join(command)[:300]}", flush=True)
-            began, start = time.time(), time.perf_counter()
-            work(part)
-            record = {"seconds": time.perf_counter() - start, "began": began, "finished": time.time()}
-            written = json.dumps({**record, "command": command, "version": __version__}, indent=1)
-            write_text(part / "done.json", written)
-            part.rename(folder)
-        self.done[name] = json.loads((folder / "done.json").read_text(encoding="utf-8"))
-        return folder
-
-    def _fresh(self, folder: Path, command: list[str], needs: Iterable[str]) -> bool:
-        """Whether a finished stage is younger than what it builds on."""
-        marker = folder / "done.json"
-        record = json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else {}
-        if record.get("command") != command:
-            raise InputError(f"{folder}: not made by these options; remove it, or choose another --out")
-        return all(self.done[need]["finished"] <= record["began"] for need in needs)
-
-    def command(self, name: str, words: Sequence[str | Path], needs: Iterable[str] = ()) -> Path:
-        """`ppl-seg WORDS --out OUT/<name>/result`: the folder of results."""
-        line = [str(word) for word in words]
-
-        def work(part: Path) -> None:
-            command = [sys.executable, "-m", "ppl_seg", *line, "--out", str(part / "result")]
-            status = subprocess.run(command).returncode
-            if status == 1 and line[0] == "segment":
-                print(f"{name}: some scans failed; they count as Dice 0", file=sys.stderr)
-            elif status:
-                raise InputError(f"{name}: ppl-seg {line[0]} ended with status {status}, see above")
-
-        return self.run(name, ["ppl-seg", *line], needs, work) / "result"
 
 
 @dataclass
@@ -156,9 +108,22 @@ class Benchmark:
         folder = self.stages.run(f"segment-{row}", command, [source], work)
         return {case.scan: self.label_map(folder, case) for case in self.cases}
 
+    def segment_by_peer(self, peer: str) -> Segmented:
+        """Another tool's label maps."""
+
+        def work(part: Path) -> None:
+            model = load_model(self.prior)
+            for case in self.cases:
+                write_image(self.label_map(part, case), segment_by_peer(peer, model, case.scan), read_scan(case.scan))
+
+        folder = self.stages.run(f"segment-{peer}", [peer], ["prior"], work)
+        return {case.scan: self.label_map(folder, case) for case in self.cases}
+
     def segment_row(self, row: str, best: str) -> Segmented:
         if row in BY_API:
             return self.segment_by_api(row)
+        if row in PEERS:
+            return self.segment_by_peer(row)
         if row == "n":
             model = self.fit("fit-n", "--recipe", "notes")
             return self.segment("n", model, "--readout", "decoder")  # the notes' own
@@ -180,17 +145,26 @@ class Benchmark:
         return found
 
     def scores(self, row: str, found: Segmented) -> Rows:
-        """A row a scan and structure, with means over all and over those ALIKE, and `whole`, all of them as one."""
+        """A row a scan and structure, with means over all and over those ALIKE, and `whole`, all of them as one.
+
+        Where they are known, tissues as well, outside of what is truly a mixture; of a peer that finds no more, alone.
+        """
         rows: Rows = []
         everything = one_of(self.groups)
+        tissues, mixed = tissues_of(self.groups)
         for case in self.cases:
             truth, path = read_label_map(case.truth), found[case.scan]
             labels = np.zeros_like(truth.data)  # what a failed scan gets
             if path.is_file():
                 labels = np.asarray(nib.load(path).dataobj).astype(np.int32)
-            scores = metrics.evaluate_pair(labels, truth.data, truth.affine, self.groups)
-            means = [mean_row("mean", scores), mean_row("alike", [s for s in scores if s["structure"] in ALIKE])]
-            scores += metrics.evaluate_pair(labels, truth.data, truth.affine, everything)
+            pure = np.where(np.isin(truth.data, mixed), 0, labels)
+            found_tissues = metrics.evaluate_pair(pure, truth.data, truth.affine, tissues) if tissues else []
+            means = [mean_row(s["structure"], [s]) for s in found_tissues]
+            scores: Rows = []
+            if row not in TISSUES_ALONE:
+                scores = metrics.evaluate_pair(labels, truth.data, truth.affine, self.groups)
+                means += [mean_row("mean", scores), mean_row("alike", [s for s in scores if s["structure"] in ALIKE])]
+                scores += metrics.evaluate_pair(labels, truth.data, truth.affine, everything)
             for s in scores:
                 s["box_mm3"] = float(box_of(truth) @ self.boxes[s["structure"]])
             keys = {"row": row, "scan": case.scan.name, "person": case.person, "session": case.session}
@@ -265,13 +239,20 @@ class Benchmark:
             return Reliability(**dict(stored))
 
 
+def tissues_of(groups: Groups) -> tuple[Groups, list[int]]:
+    """Tissue -> label values, where all of its structures are known, and the values of what is of several."""
+    known = {tissue: names for tissue, names in TISSUES.items() if set(names) <= set(groups)}
+    merged = {tissue: tuple(v for name in names for v in groups[name]) for tissue, names in known.items()}
+    return merged, [value for name in MIXED for value in groups.get(name, ())]
+
+
 def one_of(groups: Groups) -> Groups:
     """All structures as one."""
     return {"whole": tuple(value for values in groups.values() for value in values)}
 
 
 def mean_row(name: str, scores: Rows) -> dict[str, Any]:
-    """The mean of some structures' rows, or nothing of none."""
+    """The mean of some structures' rows, or nothing of none. A mean has no volume."""
     if not scores:
         return {}
     mean = {key: average([s[key] for s in scores]) for key in ("dice", "hd95_mm", "asd_mm")}
@@ -362,7 +343,7 @@ def run(arguments: argparse.Namespace) -> None:
     write_table(out / "volumes.tsv", agreed)
     if retested:
         write_table(out / "retest.tsv", retested)
-    text = page(summary, list(bench.groups), persons, errors, seconds, most) + volumes_page(retested, agreed)
+    text = page(scores, summary, list(bench.groups), persons, errors, seconds, most) + volumes_page(retested, agreed)
     write_text(out / "summary.md", text)
     print(text)
 
@@ -375,7 +356,8 @@ def main() -> None:
     parser.add_argument("--prior-maps", type=Path, help="folder whose prior/ teaches, with labels.tsv and map.tsv")
     parser.add_argument("--mask", choices=("given", *CHANGES), default="given", help="of brain-extracted scans")
     choice = [row for row in METHODS if not row.endswith("-jensen")]
-    parser.add_argument("--rows", default=",".join(choice), help="default: %(default)s")
+    usual = ",".join(row for row in choice if row not in PEERS)
+    parser.add_argument("--rows", default=usual, help=f"default: %(default)s; other tools: {', '.join(PEERS)}")
     parser.add_argument("--jensen", action=argparse.BooleanOptionalAction, default=True, help="b, c, d; or --no-jensen")
     parser.add_argument("--prior-steps", type=int, help="for a quick try: steps of `prior`")
     parser.add_argument("--fit-steps", type=int, help="for a quick try: steps of `fit`")

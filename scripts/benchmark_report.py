@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peers import PEERS, TISSUES
 
 from ppl_seg.results import metrics
 
@@ -24,6 +25,7 @@ METHODS = {
     "f": "fitted to other persons",
     "e-f": "z of the truth, decoder",
     "e-r": "z of the truth, marginals",
+    **PEERS,
 }
 OURS = ("b", "c", "d")
 ALIKE = ("Cerebral-White-Matter", "Cerebellum-White-Matter", "Cerebellum-Cortex", "Caudate", "Putamen", "Hippocampus")
@@ -93,7 +95,17 @@ def dice_and_coverage(cells: dict[str, Any]) -> str:
     return f"{cells['dice']:.3f}" + ("" if np.isnan(covered) else f" ({covered:.0%})")
 
 
+def difference(scores: Rows, row: str, other: str) -> str:
+    """The paired difference of two rows' mean Dice, `+0.012 [+0.008, +0.018]`."""
+    dice = {(s["row"], s["scan"]): (s["dice"], s["person"]) for s in scores if s["structure"] == "mean"}
+    pairs = [(value, dice[other, scan][0], person) for (of, scan), (value, person) in dice.items() if of == row]
+    own, others, persons = zip(*pairs, strict=True)
+    mean, low, high = metrics.paired_difference_interval(own, others, persons)
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
 def page(
+    scores: Rows,
     summary: Rows,
     groups: Sequence[str],
     persons: Sequence[str],
@@ -103,26 +115,32 @@ def page(
 ) -> str:
     """The page to read: a line a row, the comparisons that matter, a line a structure, seconds of each stage."""
     cells = {(s["row"], s["structure"]): s for s in summary}
-    rows, best = list(dict.fromkeys(s["row"] for s in summary)), best_of(summary)
+    rows, best = list(dict.fromkeys(s["row"] for s in summary if s["structure"] == "mean")), best_of(summary)
     head = ["row", "Dice of", "mean [95 %]", "whole", "HD95 mm", "mean − (a) [95 %]", "worst scan"]
     alike = (rows[0], "alike") in cells
     head += ["mean of those drawn alike [95 %]"] if alike else []
     lines = [f"{len(persons)} scans of {len(set(persons))} persons; intervals by bootstrap over persons."]
-    lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines += ["", *heading(head)]
     for row in rows:
         mean, whole = cells[row, "mean"], cells[row, "whole"]
-        line = [row, METHODS[row], interval(mean, "dice"), f"{whole['dice']:.3f}", f"{mean['hd95_mm']:.2f}"]
-        line += [interval(mean, "gain", "+"), f"{mean['worst_dice']:.3f}"]
-        lines.append(f"| {' | '.join([*line, *([interval(cells[row, 'alike'], 'dice')] if alike else [])])} |")
-    lines += ["", f"| structure: Dice (true volume in 5–95 %) | {' | '.join(rows)} |", "|---" * (1 + len(rows)) + "|"]
-    for name in groups:
-        lines.append(f"| {' | '.join([name, *(dice_and_coverage(cells[row, name]) for row in rows)])} |")
+        texts = [row, METHODS[row], interval(mean, "dice"), f"{whole['dice']:.3f}", f"{mean['hd95_mm']:.2f}"]
+        texts += [interval(mean, "gain", "+"), f"{mean['worst_dice']:.3f}"]
+        lines.append(line([*texts, *([interval(cells[row, "alike"], "dice")] if alike else [])]))
+    lines += ["", *heading(["structure: Dice (true volume in 5–95 %)", *rows])]
+    lines += [line([name, *(dice_and_coverage(cells[row, name]) for row in rows)]) for name in groups]
     lines.append("")
     if best in rows:
         mean = cells[best, "mean"]
         lines.append(f"- Best of b–d: {best}, {mean['dice']:.3f}; minus (a): {interval(mean, 'gain', '+')}.")
+        lines += [f"- {best} minus {row}: {difference(scores, best, row)}." for row in rows if row in PEERS]
         if "f" in rows:
             lines.append(f"- (f) minus {best}: {cells['f', 'mean']['dice'] - mean['dice']:+.3f}.")
+    tissues = [tissue for tissue in TISSUES if any(s["structure"] == tissue for s in summary)]
+    if tissues:
+        both = unique(summary, "row")
+        lines += ["", *heading(["Dice of tissues, outside of thalamus, pallidum, ventral DC and brain-stem", *both])]
+        lines += [line([name, *(interval(cells[row, name], "dice") for row in both)]) for name in tissues]
+        lines.append("")
     for name, error in errors.items():
         lines.append(f"- Calibration error within {NEAR} voxels of the structures, {name}: {error:.3f}.")
     lines += [f"- {budget(seconds, most)}", "", "| stage | seconds |", "|---|---|"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -77,12 +79,12 @@ def with_log_factor(
     return torch.cat([scan, log_factor], 1), torch.cat([seen, counts.expand_as(log_factor)], 1)
 
 
-def outside_log_factor(inside: Tensor, num_labels: int, background: float) -> Tensor:
+def outside_log_factor(inside: Tensor, observed_rates: Sequence[float]) -> Tensor:
     """log p(outside the brain mask | label) where a mask leaves out, else 0, (B, M, *grid).
 
     Args:
-        inside: bool, (B, 1, *grid), the mask. background: how often background lies within the mask.
+        inside: bool, (B, 1, *grid), the mask. observed_rates: (M,), how often each label lies within it.
     """
-    rates = torch.full((num_labels, *[1] * (inside.dim() - 2)), STRUCTURE_OUTSIDE, device=inside.device)
-    rates[0] = 1 - background
+    rates = 1 - torch.tensor(observed_rates, device=inside.device)
+    rates = rates.clamp(min=STRUCTURE_OUTSIDE).view(-1, *[1] * (inside.dim() - 2))
     return torch.where(inside, 0.0, rates.log())

@@ -91,12 +91,12 @@ class IntensityModel(nn.Module):
         class_of_label: class of each label, length M; classes are 0..N-1, and label 0 (background) has class 0.
         components: number of Gaussians of each class, length N.
         channels: C.
-        background_observed: how often background is observed where structures always are: below 1 behind a brain mask,
-            which is itself an observation. Without it an atlas shrinks until the background, which fits any brightness,
-            covers the outermost cortex.
+        observed_rates: how often each label is observed where it is, (M,), or () for always: below 1 behind a brain
+            mask, which is itself an observation, for what lies around the brain. Without it an atlas shrinks until the
+            background, which fits any brightness, or fluid covers the outermost cortex.
 
     Raises:
-        ValueError: if classes are not 0..N-1, or the background's class is not 0.
+        ValueError: if classes are not 0..N-1, the background's class is not 0, or rates are not one a label.
     """
 
     class_of_label: Tensor
@@ -107,7 +107,7 @@ class IntensityModel(nn.Module):
         class_of_label: Sequence[int],
         components: Sequence[int],
         channels: int = 1,
-        background_observed: float = 1.0,
+        observed_rates: Sequence[float] = (),
     ) -> None:
         super().__init__()
         if class_of_label[0] != 0 or set(class_of_label) != set(range(len(components))):
@@ -118,7 +118,9 @@ class IntensityModel(nn.Module):
         if min(components) < 1:
             raise ValueError(f"every class needs at least one component; found {list(components)}")
         self.classes, self.components = tuple(class_of_label), tuple(int(k) for k in components)
-        self.channels, self.background_observed = channels, background_observed
+        if len(observed_rates) not in (0, len(class_of_label)):
+            raise ValueError(f"expected {len(class_of_label)} observed_rates or none; found {len(observed_rates)}")
+        self.channels, self.observed_rates = channels, tuple(observed_rates)
         self.register_buffer("class_of_label", torch.tensor(list(class_of_label)), persistent=False)
         of_component = [n for n, k in enumerate(self.components) for _ in range(k)]
         self.register_buffer("class_of_component", torch.tensor(of_component), persistent=False)
@@ -165,15 +167,15 @@ class IntensityModel(nn.Module):
         return torch.stack(classes, 1)
 
     def label_log_prob(self, scan: Tensor, observed: Tensor, theta: IntensityParameters, power: float = 1.0) -> Tensor:
-        """power · ℓ_jm = power · log p(x_j | s_j = m), (B, M, J), with the background's chance of being observed."""
+        """power · ℓ_jm = power · log p(x_j | s_j = m), (B, M, J), with the label's chance of being observed."""
         of_class = self.class_log_prob(scan, observed, theta)
         of_class = of_class if power == 1 else power * of_class
         of_label = of_class if self.one_label_per_class else of_class[:, self.class_of_label]
-        if self.background_observed == 1:
+        if not self.observed_rates:
             return of_label
         seen = observed.any(1).to(of_label.dtype)
-        background = of_label[:, :1] + power * math.log(self.background_observed) * seen[:, None]
-        return torch.cat([background, of_label[:, 1:]], 1)
+        rates = of_label.new_tensor(self.observed_rates).log()
+        return of_label + power * rates[:, None] * seen[:, None]
 
     def class_sums(self, label_values: Tensor) -> Tensor:
         """Sum over the labels of each class: (B, M, J) → (B, N, J)."""

@@ -330,7 +330,7 @@ def run(arguments: argparse.Namespace) -> None:
     charts.benchmark_figure(bars, out / "benchmark.png")
     curves: dict[str, Reliability] = {}
     for fit, objective in (("fit", "marginal"), ("fit-jensen", "jensen")):
-        if fit in bench.stages.done:
+        if fit in bench.stages.done and arguments.curves:
             bench.dice_by_step(fit, out / f"steps_{objective}.png")
             curves[objective] = bench.reliability(fit)
     if curves:
@@ -359,6 +359,8 @@ def main() -> None:
     usual = ",".join(row for row in choice if row not in PEERS)
     parser.add_argument("--rows", default=usual, help=f"default: %(default)s; other tools: {', '.join(PEERS)}")
     parser.add_argument("--jensen", action=argparse.BooleanOptionalAction, default=True, help="b, c, d; or --no-jensen")
+    curves = "Dice by refinement step, and calibration: 50 segmentations"
+    parser.add_argument("--curves", action=argparse.BooleanOptionalAction, default=True, help=curves)
     parser.add_argument("--prior-steps", type=int, help="for a quick try: steps of `prior`")
     parser.add_argument("--fit-steps", type=int, help="for a quick try: steps of `fit`")
     parser.add_argument("--draws", type=int, help="for a quick try: draws of `segment`")

@@ -11,7 +11,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from ppl_seg import load_model
+from ppl_seg import fit_scans, load_model
+from ppl_seg.api import Model
 from ppl_seg.models.warped_atlas import WarpedAtlas
 from ppl_seg.results.segmentation import Segmentation
 
@@ -82,6 +83,25 @@ def test_the_bound_chooses_how_far_the_atlas_is_deformed(prior: Path, folder: Pa
         assert best == max(alone, key=lambda strength: alone[strength])
         assert chosen.bound["bound"] == pytest.approx(alone[best], rel=0.02)
     assert abs(alone[1.0] - alone[0.05]) > 0.05 * abs(max(alone.values()))  # 2.5 times what two runs may differ by
+
+
+def test_an_encoder_speaks_of_the_strength_that_it_was_fitted_with(prior: Path, folder: Path) -> None:
+    scans = [folder / f"sub-0{number}_T1w.nii.gz" for number in (4, 5)]
+    fitted = fit_scans(scans, prior=prior, mask="none", steps=2, label_rounds=0)
+
+    def segment(model: Model, *strengths: float, refine: int | None = None) -> Segmentation:
+        return replace(model, recipe=replace(model.recipe, strengths=strengths)).segment(
+            scans[0], draws=2, refine=refine, mask="none"
+        )
+
+    assert segment(fitted, 1.0, 0.05, refine=0).provenance["deformation_strength"] is None  # the encoder alone
+    elsewhere, of_the_prior = (segment(model, 0.05) for model in (fitted, load_model(prior)))
+    assert elsewhere.bound["bound"] == pytest.approx(of_the_prior.bound["bound"], rel=1e-6)
+    first = segment(fitted, 1.0)
+    chosen = segment(fitted, 0.05, 1.0)
+    best = max((first, elsewhere), key=lambda result: result.bound["bound"])
+    assert chosen.provenance["deformation_strength"] == best.provenance["deformation_strength"]
+    assert chosen.bound["bound"] == pytest.approx(best.bound["bound"], rel=0.02)
 
 
 def test_a_label_map_of_the_scan_gives_the_shape(prior: Path, folder: Path) -> None:

@@ -35,7 +35,7 @@ from ppl_seg.data.masks import masks_of
 from ppl_seg.errors import InputError
 from ppl_seg.files import file_sha256
 from ppl_seg.guides.scans import ScanGuide
-from ppl_seg.inference.networks import build_scan_guide, build_segmentation_model, freeze, mean_theta
+from ppl_seg.inference.networks import build_scan_guide, freeze, mean_theta
 from ppl_seg.inference.objectives import build_objective
 from ppl_seg.inference.posterior import factor_of, start_theta
 from ppl_seg.inference.recipes import Recipe, build_recipe, recipe_for_field
@@ -207,9 +207,7 @@ class _Stage:
 
     def program(self, recipe: Recipe, shared: IntensityParameters | None) -> SegmentationModel:
         """The program on the scans' device."""
-        classes, channels = self.model.table.class_of_label, self.scans.shape[1]
-        built = build_segmentation_model(self.model.shape_prior, classes, channels, recipe, shared)
-        return built.to(self.scans.device)
+        return self.model.build_program(recipe, self.scans.shape[1], shared).to(self.scans.device)
 
     def start(self) -> tuple[SegmentationModel, IntensityParameters]:
         """The program, and θ by EM under the location prior: per scan, or their mean where it is shared."""

@@ -101,10 +101,16 @@ class LearnedModel:
 
     def program(self, recipe: Recipe, channels: int) -> SegmentationModel:
         """The probabilistic program that a recipe asks for, on this prior, frozen."""
-        shared = self.theta if recipe.intensity == "shared" else None
-        model = build_segmentation_model(self.shape_prior, self.table.class_of_label, channels, recipe, shared)
-        freeze(model)
-        return model
+        return freeze(self.build_program(recipe, channels, self.theta if recipe.intensity == "shared" else None))
+
+    def build_program(
+        self, recipe: Recipe, channels: int, shared: IntensityParameters | None = None
+    ) -> SegmentationModel:
+        """The same, with a θ of its own to learn where `shared` says how it starts."""
+        table = self.table
+        return build_segmentation_model(
+            self.shape_prior, table.class_of_label, channels, recipe, shared, table.fluid, table.outer_fluid
+        )
 
     def atlas(self) -> Atlas:
         """What scans are registered to: p_loc as the commonest intensity class, and the probability of brain."""

@@ -23,7 +23,6 @@ from ppl_seg.guides.label_network import build_label_network
 from ppl_seg.inference.networks import (
     build_label_guide,
     build_scan_guide,
-    build_segmentation_model,
     build_shape_prior,
     freeze,
     take_prefix,
@@ -105,7 +104,7 @@ def _assemble(config: dict[str, Any], tensors: dict[str, Tensor]) -> Model:
         label_network=networks.get("label_network"),
         field_of_view=config["field"],
     )
-    build_segmentation_model(model.shape_prior, table.class_of_label, model.channels, recipe)
+    model.build_program(recipe, model.channels)
     return model
 
 
@@ -141,7 +140,7 @@ def _theta_shapes(
     if config["kind"] != "fit":
         return {}
     classes = len(table) if recipe.classes == "labels" else len(set(table.class_of_label))
-    components = recipe.background_components + recipe.components * (classes - 1)
+    components = sum(recipe.gaussians(classes, table.fluid))
     shapes: dict[str, tuple[int, ...]] = {
         "theta.mean": (1, components, config["channels"]),
         "theta.sd": (1, components, config["channels"]),

@@ -66,7 +66,8 @@ def infer_scan(
 ) -> Inference:
     """q(z) and θ of one scan, (1, C, *grid), as `segment` infers them.
 
-    A warped atlas is deformed with each of the recipe's strengths, and the inference with the highest bound is kept.
+    A warped atlas is deformed with each of the recipe's strengths, and the inference with the highest bound is kept. An
+    encoder speaks of the strength that it was fitted with, 1; where its z are not to be refined, it alone.
 
     Args:
         recipe: adapted to the field of view. refine: gradient steps; None takes the recipe's.
@@ -76,13 +77,14 @@ def infer_scan(
     Raises:
         InputError: the recipe shares θ among scans, and the model was fitted to none.
     """
-    atlas, seen = learned.shape_prior, (refine, encoded, amortised, inside)
-    encoder = learned.scan_guide is not None and amortised
-    if not isinstance(atlas, WarpedAtlas) or recipe.shape != "prior" or encoded is not None or encoder:
-        return _infer_scan(learned, recipe, scan, observed, *seen)
+    atlas = learned.shape_prior
+    as_encoded = learned.scan_guide is not None and amortised and refine == 0
+    if not isinstance(atlas, WarpedAtlas) or recipe.shape != "prior" or encoded is not None or as_encoded:
+        return _infer_scan(learned, recipe, scan, observed, refine, encoded, amortised, inside)
     found = []
     for strength in recipe.strengths:
-        one = _infer_scan(replace(learned, shape_prior=atlas.deformed_by(strength)), recipe, scan, observed, *seen)
+        deformed = replace(learned, shape_prior=atlas.deformed_by(strength))
+        one = _infer_scan(deformed, recipe, scan, observed, refine, encoded, amortised and strength == 1, inside)
         found.append(replace(one, strength=strength))
     return max(found, key=lambda one: one.bound)
 
@@ -141,11 +143,12 @@ def _evidence(
         said = log_label_marginals(network, location, scan, observed)
         total = torch.where(seen, said, 0.0)
     said = None if said is None else said[0]
-    if recipe.mask_background == 1:
+    rates = recipe.observed_rates(len(location), learned.table.outer_fluid)
+    if not rates:
         return said, None if said is None else (total, seen)
     near = location[0].exp() < NEAR_BRAIN
     counts = seen | (near if inside is None else near & inside.to(near.device))
-    return said, (total + outside_log_factor(seen, len(location), recipe.mask_background), counts)
+    return said, (total + outside_log_factor(seen, rates), counts)
 
 
 def _start(

@@ -15,6 +15,7 @@ from ppl_seg.data.freesurfer import class_of_name, colors_by_name
 from ppl_seg.errors import InputError
 
 BACKGROUND_CLASS = "background"
+FLUID = "csf"  # the class of cerebrospinal fluid, and FreeSurfer's name of what of it surrounds the brain
 Color = tuple[int, int, int]
 # Twenty colours that are easy to tell apart, for structures that FreeSurfer does not know.
 PALETTE: tuple[Color, ...] = (
@@ -68,6 +69,16 @@ class LabelTable:
     def names(self) -> tuple[str, ...]:
         """(M,)."""
         return tuple(entry.name for entry in self.entries)
+
+    @property
+    def fluid(self) -> int | None:
+        """The class of cerebrospinal fluid, where there is one."""
+        return self.class_names.index(FLUID) if FLUID in self.class_names else None
+
+    @property
+    def outer_fluid(self) -> tuple[int, ...]:
+        """Positions of the fluid around the brain, which a brain mask leaves out in part."""
+        return tuple(n for n, name in enumerate(self.names) if name.lower() == FLUID)
 
     @property
     def colors(self) -> tuple[Color, ...]:

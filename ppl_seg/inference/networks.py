@@ -90,17 +90,20 @@ def build_segmentation_model(
     channels: int,
     recipe: Recipe,
     shared: IntensityParameters | None = None,
+    fluid: int | None = None,
+    outer_fluid: Sequence[int] = (),
 ) -> SegmentationModel:
     """The program that a recipe asks for; the shape prior is frozen in place.
 
     Args:
         class_of_label: intensity class of each label, by the label table.
         shared: where shared θ starts, or what it is; None for θ per scan.
+        fluid: class of cerebrospinal fluid, where there is one. outer_fluid: labels of what of it surrounds the brain.
     """
     num_labels = shape_prior.num_labels
     classes = list(range(num_labels)) if recipe.classes == "labels" else list(class_of_label)
-    components = [recipe.background_components] + [recipe.components] * max(classes)
-    intensity = IntensityModel(classes, components, channels, recipe.mask_background)
+    rates = recipe.observed_rates(num_labels, outer_fluid)
+    intensity = IntensityModel(classes, recipe.gaussians(max(classes) + 1, fluid), channels, rates)
     if recipe.shape == "location":
         location = shape_prior.log_location_prior.exp()
         shape_prior = build_shape_prior(location, "location", 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -25,14 +26,16 @@ class Recipe:
         shape: `prior`, the learned decoder; `location`, scores 0, f = p_loc.
         intensity: θ `per-scan` by EM, or `shared` by gradient.
         classes: intensity classes from the label `table`, or a class for every one of the `labels`.
-        background_components, components: Gaussians of the background's class and of every other class.
+        background_components, fluid_components, components: Gaussians of the background's class, of cerebrospinal
+            fluid's, and of every other class.
         maps: how background weight maps are learned; None for constant weights.
         pseudo: conjugate penalty of θ. likelihood_power: β; None leaves it to `recipe_for_field`, else USUAL_POWER.
-        mask_background: how often background lies within a brain mask, see `IntensityModel`; 1: a mask says nothing.
+        mask_background, mask_fluid: how often background, and the fluid around a brain where it has a label, lie within
+            a brain mask, see `IntensityModel`; 1: a mask says nothing of them.
         readout_power: κ, of p(x|s) in the label marginals, for voxels of 1 mm; see `power_at`.
         readout: `marginals`, argmax of the label marginals; `decoder`, argmax of f.
-        strengths: how far a warped atlas is deformed, relative to the label maps it learned from; where there is no
-            encoder, the scan's own bound chooses one of them.
+        strengths: how far a warped atlas is deformed, relative to the label maps it learned from; the scan's own bound
+            chooses one of them.
         em_iterations: EM steps of θ under the location prior, before z is inferred; 0 leaves θ at its start.
         sleep_steps, steps: training steps of q(z|x) on simulated and on real scans.
         batch_size, learning_rate: of both.
@@ -51,11 +54,13 @@ class Recipe:
     intensity: Literal["per-scan", "shared"] = "per-scan"
     classes: Literal["table", "labels"] = "table"
     background_components: int = 4
+    fluid_components: int = 4
     components: int = 2
     maps: MapOptions | None = field(default_factory=MapOptions)
     pseudo: PseudoCounts = PseudoCounts(sd=0.08, sd_share=3.0)
     likelihood_power: float | None = None
     mask_background: float = 1.0
+    mask_fluid: float = 1.0
     readout_power: float = 1.0
     readout: Literal["marginals", "decoder"] = "marginals"
     strengths: tuple[float, ...] = (1.0,)
@@ -82,6 +87,28 @@ class Recipe:
         """Whether N4 is due for a brain, a head or a crop: of itself for heads, which come as the scanner left them."""
         return self.bias_field == "n4" or (self.bias_field == "auto" and view == "head")
 
+    def gaussians(self, num_classes: int, fluid: int | None) -> tuple[int, ...]:
+        """How many each class has, (N,).
+
+        Args:
+            fluid: the label table's class of cerebrospinal fluid, where there is one.
+        """
+        of_class = {0: self.background_components}
+        if fluid is not None and self.classes == "table":
+            of_class[fluid] = self.fluid_components
+        return tuple(of_class.get(n, self.components) for n in range(num_classes))
+
+    def observed_rates(self, num_labels: int, outer_fluid: Sequence[int]) -> tuple[float, ...]:
+        """How often each label lies within a brain mask, (M,); () where a mask says nothing.
+
+        Args:
+            outer_fluid: labels of the fluid around the brain.
+        """
+        if self.mask_background == self.mask_fluid == 1:
+            return ()
+        fluid = {label: self.mask_fluid for label in outer_fluid}
+        return tuple({0: self.mask_background, **fluid}.get(label, 1.0) for label in range(num_labels))
+
     def power_at(self, voxel_volume: float) -> float:
         """κ for voxels of so many mm³.
 
@@ -100,7 +127,8 @@ class Recipe:
         maps = None if values["maps"] is None else MapOptions(**values["maps"])
         parts = {"maps": maps, "pseudo": PseudoCounts(**values["pseudo"])}
         strengths = {"strengths": tuple(values["strengths"])} if "strengths" in values else {}
-        return cls(**{**values, **parts, **strengths})
+        older = {"fluid_components": values["components"]}  # of models from before it was an option
+        return cls(**{**older, **values, **parts, **strengths})
 
 
 def default() -> Recipe:
@@ -176,7 +204,8 @@ def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float, wa
     A crop's box says where its structures are, and its scans are of the label maps' kind: on average they agree with
     the location prior. Whole brains differ with age, and their label maps are often others'.
     Maps of the background, learned from one scan, take the fluid from the structures, around a brain and within a head.
-    Two Gaussians a class, for partial volume, nuclei and lesions, help brains and crops. Heads have many classes that
+    Two Gaussians a class, for partial volume, nuclei and lesions, help brains and crops; fluid, which flows and lies in
+    thin layers, has more. Heads have many classes that
     look alike, and EM two optima then: a tenth of a millimetre in the registration decides between them. One Gaussian
     must be wide enough for fluid that is bright.
     How far people differ from an atlas differs: old brains further than its label maps, most others less.
@@ -199,10 +228,12 @@ def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float, wa
         likelihood_power=min(1.0, POWER_OF_A_CUBIC_MM * voxel_volume) if power is None else power,
     )
     if field_of_view == "head":
-        return replace(recipe, components=1, pseudo=replace(recipe.pseudo, sd_share=min(1.0, recipe.pseudo.sd_share)))
+        pseudo = replace(recipe.pseudo, sd_share=min(1.0, recipe.pseudo.sd_share))
+        return replace(recipe, components=1, fluid_components=1, pseudo=pseudo)
     return replace(
         recipe,
         background_components=2,
         mask_background=0.2 if warped else recipe.mask_background,
+        mask_fluid=0.4 if warped else recipe.mask_fluid,
         strengths=(1.0, 0.5) if warped else recipe.strengths,
     )

@@ -24,6 +24,14 @@ def test_background_is_first_and_added():
     assert table.class_names == ("background", "B", "A") and table.class_of_label == (0, 1, 2)
 
 
+def test_the_fluid_around_a_brain_is_known_by_its_name():
+    ventricle, fluid = make_entry(4, "Left-Lateral-Ventricle"), make_entry(24, "CSF")
+    table = LabelTable((ventricle, fluid))
+    assert table.outer_fluid == (2,) and table.class_names[table.fluid] == "csf"
+    assert LabelTable((ventricle, make_entry(1, "Anterior"))).outer_fluid == ()
+    assert LabelTable((make_entry(1, "Anterior"),)).fluid is None
+
+
 def test_freesurfer_classes():
     assert class_of_name("Left-Hippocampus") == class_of_name("right-amygdala") == "hippocampus-amygdala"
     assert class_of_name("Hippocampus-Anterior") == class_of_name("Left-Hippocampus-CA1") == "hippocampus-amygdala"

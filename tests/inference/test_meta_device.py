@@ -224,7 +224,8 @@ def test_the_guide_of_an_atlas_takes_it_along() -> None:
 def test_em_with_a_label_network(grid: tuple[int, ...]) -> None:
     model, (scan, observed) = SegmentationModel(shape_prior(grid), intensity(), 0.3), data(grid)
     with torch.no_grad():
-        factor = LabelNetwork(C, M, grid, width=8).to(META)(scan, observed) + outside_log_factor(observed, M, 0.2)
+        factor = LabelNetwork(C, M, grid, width=8).to(META)(scan, observed)
+        factor = factor + outside_log_factor(observed, [0.2, *[1.0] * (M - 1)])
         guided, scans = with_label_factor(model), with_log_factor(scan, observed, factor)
         z = torch.empty(3, B, D, device=META)
         found = expectation_maximisation(guided, *scans, theta(grid, True), z, 1, maps=MapOptions())

@@ -25,7 +25,10 @@ def test_brains_get_constant_background_weights() -> None:
     recipe = recipe_for_field(build_recipe("default"), "brain", 8.0)
     assert recipe.maps is None and recipe.components == 2 and recipe.pseudo.sd_share > 0
     assert recipe.readout_power < 1 and recipe.beta == pytest.approx(8 * POWER_OF_A_CUBIC_MM)
-    assert recipe.mask_background == 1 > recipe_for_field(recipe, "brain", 8.0, warped=True).mask_background
+    assert recipe.observed_rates(4, (2,)) == ()
+    warped = recipe_for_field(recipe, "brain", 8.0, warped=True)
+    assert warped.observed_rates(4, (2,)) == (warped.mask_background, 1.0, warped.mask_fluid, 1.0)
+    assert 0 < warped.mask_background < warped.mask_fluid < 1
     assert recipe_for_field(recipe, "brain", 8.0) == recipe
     assert len(recipe.strengths) == 1 < len(recipe_for_field(recipe, "brain", 8.0, warped=True).strengths)
     coarse = recipe_for_field(build_recipe("default"), "brain", 64.0)

@@ -72,10 +72,10 @@ def test_an_even_factor_changes_nothing_but_the_bound_by_a_constant() -> None:
     torch.testing.assert_close(bound(problem, even, 1.0), bound(problem, None, 1.0) + constant, rtol=1e-12, atol=0.0)
 
 
-def test_what_a_mask_leaves_out_is_background() -> None:
+def test_what_a_mask_leaves_out_lies_around_the_brain() -> None:
     inside = torch.tensor([[[True, False, True]]])
-    factor = outside_log_factor(inside, 3, 0.2)
-    expected = torch.tensor([0.8, STRUCTURE_OUTSIDE, STRUCTURE_OUTSIDE]).log()
+    factor = outside_log_factor(inside, (0.2, 1.0, 0.4))
+    expected = torch.tensor([0.8, STRUCTURE_OUTSIDE, 0.6]).log()
     assert factor.shape == (1, 3, 3)
     torch.testing.assert_close(factor[0, :, 1], expected)
     assert not factor[0, :, [0, 2]].any()

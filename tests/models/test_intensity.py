@@ -241,13 +241,15 @@ def test_weights_of_half_a_million_voxels_do_not_drown_in_float32() -> None:
     assert math.isclose(float(new.log_weight), 0.0, abs_tol=1e-6)
 
 
-def test_background_is_seldom_observed_behind_a_mask() -> None:
+def test_what_lies_around_a_brain_is_seldom_observed_behind_a_mask() -> None:
     problem = make_problem(mask="some")
     scan, observed, theta = flat(problem)
     plain = problem.intensity()
     classes = plain.class_of_label.tolist()
-    behind = IntensityModel(classes, plain.components, plain.channels, background_observed=0.2)
+    rates = [0.2, 0.4, *[1.0] * (len(classes) - 2)]
+    behind = IntensityModel(classes, plain.components, plain.channels, rates)
     difference = behind.label_log_prob(scan, observed, theta) - plain.label_log_prob(scan, observed, theta)
-    expected = torch.zeros_like(difference)
-    expected[:, 0] = torch.where(observed.any(1), math.log(0.2), 0.0)
+    expected = torch.where(observed.any(1)[:, None], torch.tensor(rates, dtype=scan.dtype).log()[:, None], 0.0)
     torch.testing.assert_close(difference, expected)
+    with pytest.raises(ValueError, match="observed_rates"):
+        IntensityModel(classes, plain.components, plain.channels, rates[:-1])

@@ -7,8 +7,8 @@ DIR holds head_labels (prior/*_dseg.nii.gz, dev/*_dseg.nii.gz, labels.tsv, map.t
 group: the structures, in map.tsv's values) and, for brains, openms (see `contrast_agreement`).
 
 heads: the label maps of head_labels/prior teach a prior of whole heads; those of head_labels/dev become scans
-(`simulation`): T1-, T2- and FLAIR-like ones and some of random brightness, in voxels of the map; T2 and FLAIR also in
-slices of three. Each is segmented by the bare command, or the recipes of --recipes, and scored in its own voxels
+(`simulation`): T1-, T2- and FLAIR-like ones and some of random brightness, in voxels of the map; the named ones also
+in slices of three. Each is segmented by the bare command, or the recipes of --recipes, and scored in its own voxels
 against the map it was made from; in thick slices, the commonest label of three voxels. All scans are named T1w, which
 nothing looks at. What is done is not done again. Results: dice.tsv, summary.md, scans, label maps and pictures in OUT.
 """
@@ -44,7 +44,7 @@ from ppl_seg.inference.recipes import RECIPES
 from ppl_seg.results.tables import write_table
 
 THICK = "thick"
-CHOICE = ("t1", "t2", "flair", "random1", "random2", "t2thick", "flairthick")
+CHOICE = ("t1", "t2", "flair", "random1", "random2", "t2thick", "flairthick", "t1thick")
 BASE = "t1"  # what the others are compared with
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
 from types import ModuleType
 
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -56,7 +58,7 @@ def test_tissues_are_known_where_all_their_structures_are(script: ModuleType) ->
 
 def test_a_peer_that_is_not_installed(script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("ants", "dipy", "dipy.segment.tissue", "samseg"):
-        monkeypatch.setitem(__import__("sys").modules, name, None)
+        monkeypatch.setitem(sys.modules, name, None)
 
     class Unused:
         def segment(self, *_: object, **__: object) -> None:
@@ -67,14 +69,26 @@ def test_a_peer_that_is_not_installed(script: ModuleType, monkeypatch: pytest.Mo
             script.segment_by_peer(peer, Unused(), tmp_path / "sub-1_T1w.nii.gz")
 
 
-def test_tissue_classes_by_hmrf(script: ModuleType, tmp_path: Path) -> None:
-    pytest.importorskip("dipy")
-    nib = pytest.importorskip("nibabel")
-    place = np.indices((20, 20, 20)).max(0)
-    scan = np.select([place < 6, place < 12, place < 17], [300.0, 200.0, 100.0], 0.0)
-    scan += np.where(scan > 0, np.random.default_rng(0).normal(0, 10, scan.shape), 0)
-    path = tmp_path / "sub-1_T1w.nii.gz"
-    nib.save(nib.Nifti1Image(scan.astype(np.float32), np.eye(4)), path)
-    found = script.segment_by_peer("hmrf", None, path)
-    assert (found[place < 5] == 2).all() and (found[(place > 7) & (place < 11)] == 3).all()
-    assert not found[place > 13].any()
+def test_tissue_classes_get_the_labels_that_stand_for_them(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    scan = np.random.default_rng(0).uniform(100, 300, (8, 8, 8)).astype(np.float32)
+    scan[0] = 0
+    tissues = np.digitize(scan, (50, 150, 250))
+
+    class Classifier:
+        def classify(self, image: np.ndarray, number: int, smoothness: float) -> tuple[None, np.ndarray, None]:
+            assert number == 3 and np.array_equal(image, scan)
+            return None, tissues, None
+
+    module = ModuleType("dipy.segment.tissue")
+    monkeypatch.setattr(module, "TissueClassifierHMRF", Classifier, raising=False)
+    for name, value in (("dipy", ModuleType("dipy")), ("dipy.segment", ModuleType("dipy.segment"))):
+        monkeypatch.setitem(sys.modules, name, value)
+    monkeypatch.setitem(sys.modules, "dipy.segment.tissue", module)
+    nib.save(nib.Nifti1Image(scan, np.eye(4)), tmp_path / "sub-1_T1w.nii.gz")
+    found = script.segment_by_peer("hmrf", None, tmp_path / "sub-1_T1w.nii.gz")
+    groups = {"Cerebral-White-Matter": (2, 41), "Cerebral-Cortex": (3, 42)}
+    assert set(found[tissues == 2]) == {groups["Cerebral-Cortex"][0]}
+    assert set(found[tissues == 3]) == {groups["Cerebral-White-Matter"][0]}
+    assert not found[tissues < 2].any()

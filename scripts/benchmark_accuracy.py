@@ -359,7 +359,7 @@ def main() -> None:
     usual = ",".join(row for row in choice if row not in PEERS)
     parser.add_argument("--rows", default=usual, help=f"default: %(default)s; other tools: {', '.join(PEERS)}")
     parser.add_argument("--jensen", action=argparse.BooleanOptionalAction, default=True, help="b, c, d; or --no-jensen")
-    curves = "Dice by refinement step, and calibration: 50 segmentations"
+    curves = "Dice by refinement step, and calibration: 50 segmentations; or --no-curves"
     parser.add_argument("--curves", action=argparse.BooleanOptionalAction, default=True, help=curves)
     parser.add_argument("--prior-steps", type=int, help="for a quick try: steps of `prior`")
     parser.add_argument("--fit-steps", type=int, help="for a quick try: steps of `fit`")

@@ -139,8 +139,7 @@ def page(
     if tissues:
         both = unique(summary, "row")
         lines += ["", *heading(["Dice of tissues, outside of thalamus, pallidum, ventral DC and brain-stem", *both])]
-        lines += [line([name, *(interval(cells[row, name], "dice") for row in both)]) for name in tissues]
-        lines.append("")
+        lines += [*(line([name, *(interval(cells[row, name], "dice") for row in both)]) for name in tissues), ""]
     for name, error in errors.items():
         lines.append(f"- Calibration error within {NEAR} voxels of the structures, {name}: {error:.3f}.")
     lines += [f"- {budget(seconds, most)}", "", "| stage | seconds |", "|---|---|"]

@@ -95,6 +95,8 @@ def _hmrf(model: Model, scan: Path) -> Values:
 
     data = np.nan_to_num(read_scan(scan).data.astype(np.float64))
     _, tissues, _ = TissueClassifierHMRF().classify(data, 3, 0.1)
+    if np.min(tissues) < 0:  # what it says where its variances vanish
+        raise InputError(f"{scan}: DIPY's HMRF found no classes in it; leave --rows hmrf out")
     return np.select([np.asarray(tissues) == 2, np.asarray(tissues) == 3], [GREY, WHITE], 0).astype(np.int32)
 
 

@@ -205,9 +205,8 @@ def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float, wa
     the location prior. Whole brains differ with age, and their label maps are often others'.
     Maps of the background, learned from one scan, take the fluid from the structures, around a brain and within a head.
     Two Gaussians a class, for partial volume, nuclei and lesions, help brains and crops; fluid, which flows and lies in
-    thin layers, has more. Heads have many classes that
-    look alike, and EM two optima then: a tenth of a millimetre in the registration decides between them. One Gaussian
-    must be wide enough for fluid that is bright.
+    thin layers, has more. Heads have many classes that look alike, and EM two optima then: a tenth of a millimetre in
+    the registration decides between them. One Gaussian must be wide enough for fluid that is bright.
     How far people differ from an atlas differs: old brains further than its label maps, most others less.
     What is left unexplained has a size in mm³, so that voxels count by theirs.
 
@@ -230,10 +229,7 @@ def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float, wa
     if field_of_view == "head":
         pseudo = replace(recipe.pseudo, sd_share=min(1.0, recipe.pseudo.sd_share))
         return replace(recipe, components=1, fluid_components=1, pseudo=pseudo)
-    return replace(
-        recipe,
-        background_components=2,
-        mask_background=0.2 if warped else recipe.mask_background,
-        mask_fluid=0.4 if warped else recipe.mask_fluid,
-        strengths=(1.0, 0.5) if warped else recipe.strengths,
-    )
+    recipe = replace(recipe, background_components=2)
+    if not warped:
+        return recipe
+    return replace(recipe, mask_background=0.2, mask_fluid=0.4, strengths=(1.0, 0.5))

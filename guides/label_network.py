@@ -14,52 +14,41 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..models.decoders import Lattice, convolution, enlarge
+from ..models.shape_prior import LabelPrior
+from .class_posteriors import ClassPosteriors, blurred
 
 GROUPS = 4  # of the normalised channels
+BLUR = 2.0  # voxels, of the location prior that an "any-contrast" network starts from
 
 
-class LabelNetwork(nn.Module):
-    """A U-Net from scans to label scores, at half the grid's resolution: a cell of 2 voxels a side is a voxel of it.
-
-    The last layer starts at zero, so that u = p_loc at step 0. No layer mixes scans of a batch.
+class CellNetwork(nn.Module):
+    """A U-Net at half the grid's resolution: a cell of 2 voxels a side is a voxel of it. No layer mixes scans.
 
     Args:
-        channels: C. num_labels: M. grid: shape of the prior's grid, 2-D or 3-D.
+        inputs: channels of the volumes that it sees. grid: shape of the prior's grid, 2-D or 3-D.
         width: channels at half resolution; each coarser level has twice as many. levels: number of levels.
     """
 
-    def __init__(self, channels: int, num_labels: int, grid: Sequence[int], width: int = 24, levels: int = 3) -> None:
+    def __init__(self, inputs: int, grid: Sequence[int], width: int, levels: int) -> None:
         super().__init__()
         self.grid, dims = tuple(grid), len(grid)
-        cell, widths = 2**dims, [width * 2**level for level in range(levels)]
+        widths = [width * 2**level for level in range(levels)]
 
         def block(inputs: int, outputs: int, stride: int = 1) -> nn.Module:
             layers = convolution(dims, inputs, outputs, stride), nn.GroupNorm(GROUPS, outputs), nn.SiLU()
             return nn.Sequential(*layers)
 
-        self.stem = nn.Sequential(block(2 * channels * cell + dims, width), block(width, width))
+        self.stem = nn.Sequential(block(inputs * 2**dims + dims, width), block(width, width))
         self.down = nn.ModuleList(
             nn.Sequential(block(fine, coarse, 2), block(coarse, coarse)) for fine, coarse in itertools.pairwise(widths)
         )
         self.reductions = nn.ModuleList(convolution(dims, 2 * w, w) for w in widths[:-1])
         self.up = nn.ModuleList(block(w, w) for w in widths[:-1])
-        self.to_scores = (nn.Conv2d if dims == 2 else nn.Conv3d)(width, num_labels * cell, 1)
-        for parameter in self.to_scores.parameters():
-            nn.init.zeros_(parameter)
 
-    def forward(self, scan: Tensor, observed: Tensor, box: Lattice | None = None) -> Tensor:
-        """Label scores (B, M, *grid), to which log p_loc is added.
-
-        Args:
-            scan: normalised, (B, C, *grid). observed: bool, (B, C or 1, *grid).
-            box: which part of the prior's grid these are, slices of step 1; None for all of it.
-        """
-        shape = scan.shape[2:]
-        seen = observed.expand_as(scan)
-        cells = pack(torch.cat([torch.where(seen, scan, 0.0), seen.to(scan.dtype)], 1))
-        hidden = torch.cat([cells, self._places(cells, box)], 1)
-        if len(shape) == 3:
-            hidden = hidden.contiguous(memory_format=torch.channels_last_3d)
+    def cells(self, volume: Tensor, box: Lattice | None) -> Tensor:
+        """(B, inputs, *shape) → (B, width, *shape / 2, rounded up)."""
+        packed = pack(volume)
+        hidden = channels_last(torch.cat([packed, self._places(packed, box)], 1))
         hidden = self.stem(hidden)
         skipped = []
         for down in self.down:
@@ -67,7 +56,7 @@ class LabelNetwork(nn.Module):
             hidden = down(hidden)
         for fine, reduction, up in zip(reversed(skipped), reversed(self.reductions), reversed(self.up), strict=True):
             hidden = up(fine + enlarge(reduction(hidden), fine.shape[2:]))
-        return unpack(self.to_scores(hidden), shape)
+        return hidden
 
     def _places(self, cells: Tensor, box: Lattice | None) -> Tensor:
         """Where on the prior's grid each cell's corner lies, from −1 to 1, (B, d, *cells)."""
@@ -80,18 +69,130 @@ class LabelNetwork(nn.Module):
         return places.expand(len(cells), *places.shape)
 
 
-LABEL_NETWORKS: dict[str, Callable[..., nn.Module]] = {"u-net": LabelNetwork}
+class LabelNetwork(CellNetwork):
+    """From scans of one kind to label scores; the last layer starts at zero, so that u = p_loc at step 0.
+
+    Args:
+        channels: C. num_labels: M. grid, width, levels: see `CellNetwork`.
+    """
+
+    def __init__(self, channels: int, num_labels: int, grid: Sequence[int], width: int = 24, levels: int = 3) -> None:
+        super().__init__(2 * channels, grid, width, levels)
+        self.to_scores = zeroed(voxelwise(len(grid), width, num_labels * 2 ** len(grid)))
+
+    @classmethod
+    def of(cls, prior: LabelPrior, class_of_label: Sequence[int], channels: int, **options: int) -> LabelNetwork:
+        """The network of a prior."""
+        return cls(channels, prior.num_labels, prior.grid, **options)
+
+    def location(self, log_location_prior: Tensor) -> Tensor:
+        """What the scores are added to, (M, *grid)."""
+        return log_location_prior
+
+    def forward(self, scan: Tensor, observed: Tensor, box: Lattice | None = None) -> Tensor:
+        """Label scores (B, M, *grid), to which `location` is added.
+
+        Args:
+            scan: normalised, (B, C, *grid). observed: bool, (B, C or 1, *grid).
+            box: which part of the prior's grid these are, slices of step 1; None for all of it.
+        """
+        seen = observed.expand_as(scan)
+        shown = torch.cat([torch.where(seen, scan, 0.0), seen.to(scan.dtype)], 1)
+        return unpack(self.to_scores(self.cells(shown, box)), scan.shape[2:])
 
 
-def build_label_network(name: str, channels: int, num_labels: int, grid: Sequence[int], **options: int) -> nn.Module:
-    """A label network by name: (scan, observed, box) → label scores, as `LabelNetwork.forward`.
+class AnyContrastNetwork(CellNetwork):
+    """From scans of any contrast to label scores: it is shown what `ClassPosteriors` says of a scan, not the scan.
+
+    Channels are seen one by one, and their scores averaged where they are observed. The last layers work on
+    voxels; the very last starts at zero.
+
+    Args:
+        log_location_prior: (M, *grid). class_of_label: (M,). width, levels: see `CellNetwork`.
+        features: of a voxel from its cell. hidden: channels of the voxels' own layer.
+    """
+
+    log_location: Tensor
+
+    def __init__(
+        self,
+        log_location_prior: Tensor,
+        class_of_label: Sequence[int],
+        width: int = 48,
+        levels: int = 3,
+        features: int = 16,
+        hidden: int = 32,
+    ) -> None:
+        num_labels, *grid = log_location_prior.shape
+        classes, dims = max(class_of_label) + 1, len(grid)
+        super().__init__(1 + 2 * classes, grid, width, levels)
+        self.register_buffer("log_location", blurred(log_location_prior, BLUR), persistent=False)
+        self.posteriors = ClassPosteriors(self.log_location.exp(), class_of_label)
+        self.to_features = voxelwise(dims, width, features * 2**dims)
+        self.mix = nn.Sequential(
+            convolution(dims, features + classes, hidden), nn.GroupNorm(GROUPS, hidden), nn.SiLU()
+        )
+        self.to_scores = zeroed(voxelwise(dims, hidden, num_labels))
+
+    @classmethod
+    def of(cls, prior: LabelPrior, class_of_label: Sequence[int], channels: int, **options: int) -> AnyContrastNetwork:
+        """The network of a prior, for any number of channels."""
+        return cls(prior.log_location_prior, class_of_label, **options)
+
+    def location(self, log_location_prior: Tensor) -> Tensor:
+        """The location prior of label maps that lie some voxels off, (M, *grid)."""
+        return self.log_location
+
+    def forward(self, scan: Tensor, observed: Tensor, box: Lattice | None = None) -> Tensor:
+        """As `LabelNetwork.forward`."""
+        batch, channels = scan.shape[:2]
+        one = scan.flatten(0, 1).unsqueeze(1)
+        seen = observed.expand_as(scan).flatten(0, 1).unsqueeze(1)
+        shown = self.posteriors(one, seen, box)
+        cells = self.cells(torch.cat([seen.to(shown.dtype), shown], 1), box)
+        features = unpack(self.to_features(cells), scan.shape[2:])
+        voxels = channels_last(torch.cat([features, shown[:, : shown.shape[1] // 2].to(features.dtype)], 1))
+        scores: Tensor = self.to_scores(self.mix(voxels))
+        if channels == 1:
+            return scores
+        counted = torch.where(seen, scores, 0.0).unflatten(0, (batch, channels)).sum(1)
+        return counted / seen.unflatten(0, (batch, channels)).sum(1).clamp(min=1)
+
+
+LABEL_NETWORKS: dict[str, Callable[..., LabelNetwork | AnyContrastNetwork]] = {
+    "u-net": LabelNetwork.of,
+    "any-contrast": AnyContrastNetwork.of,
+}
+
+
+def build_label_network(
+    name: str, prior: LabelPrior, class_of_label: Sequence[int], channels: int, **options: int
+) -> LabelNetwork | AnyContrastNetwork:
+    """A label network of a prior by name: (scan, observed, box) → label scores, as `LabelNetwork.forward`.
 
     Raises:
         ValueError: unknown name.
     """
     if name not in LABEL_NETWORKS:
         raise ValueError(f"unknown label network {name!r}; choose one of {sorted(LABEL_NETWORKS)}")
-    return LABEL_NETWORKS[name](channels, num_labels, grid, **options)
+    return LABEL_NETWORKS[name](prior, class_of_label, channels, **options)
+
+
+def voxelwise(dims: int, inputs: int, outputs: int) -> nn.Module:
+    """A linear layer at each voxel."""
+    return (nn.Conv2d if dims == 2 else nn.Conv3d)(inputs, outputs, 1)
+
+
+def zeroed(layer: nn.Module) -> nn.Module:
+    """The layer with all of its parameters 0."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+def channels_last(volume: Tensor) -> Tensor:
+    """In the memory format in which 3-D convolutions are quickest."""
+    return volume.contiguous(memory_format=torch.channels_last_3d) if volume.dim() == 5 else volume
 
 
 def pack(volume: Tensor) -> Tensor:

@@ -110,6 +110,9 @@ def prior(
     participant_label: Participants = None,
     session_label: Sessions = None,
     steps: Steps = None,
+    label_steps: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Training steps of a label guide on simulated scans; default: none.")
+    ] = 0,
     seed: Seed = 0,
     device: DeviceOption = Device.auto,
     precision: PrecisionOption = Precision.float32,
@@ -136,6 +139,7 @@ def prior(
         participants=_labels(participant_label),
         sessions=_labels(session_label),
         steps=steps,
+        label_steps=label_steps,
         seed=seed,
         device=device.value,
         precision=precision.value,

@@ -33,7 +33,7 @@ OPTIONS = {
     "prior": TRAINING
     | SELECTION
     | {"--out", "--labels", "--map", "--merge-sides", "--spacing", "--align", "--shape", "--latent-dim", "--guide"}
-    | {"--objective", "--steps"},
+    | {"--objective", "--steps", "--label-steps"},
     "fit": TRAINING | SCANS | {"--trust", "--prior", "--out", "--recipe", "--intensity", "--steps", "--label-rounds"},
     "segment": (TRAINING - {"--precision", "--resume"})
     | SCANS
@@ -81,7 +81,7 @@ def test_options_are_the_contracts() -> None:
 def test_prior_passes_everything_on(run: Run, fake: FakeApi, tmp_path: Path) -> None:
     options = (
         "--labels l.tsv --map m.tsv --merge-sides --spacing 2 --align none --latent-dim 8 --guide low-rank "
-        "--objective trace --steps 5 --seed 3 --device cpu --precision bf16 --resume --force "
+        "--objective trace --steps 5 --label-steps 9 --seed 3 --device cpu --precision bf16 --resume --force "
         "--participant-label sub-01,02 --participant-label 3 --session-label ses-1 --shape convolutional"
     )
     code, out, err = run("prior", "a.nii.gz", "b.nii.gz", "--out", tmp_path / "p", *options.split())
@@ -95,7 +95,7 @@ def test_prior_passes_everything_on(run: Run, fake: FakeApi, tmp_path: Path) -> 
                 "merge_sides": True, "spacing": 2.0, "align": "none", "shape": "convolutional",
                 "latent_dim": 8, "guide": "low-rank",
                 "participants": ("sub-01", "02", "3"), "sessions": ("ses-1",), "objective": "trace", "steps": 5,
-                "seed": 3, "device": "cpu", "precision": "bf16",
+                "label_steps": 9, "seed": 3, "device": "cpu", "precision": "bf16",
                 "resume": True, "force": True, "progress": False,
             },
         )

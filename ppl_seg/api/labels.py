@@ -1,4 +1,4 @@
-"""The last training of a fit: q(s|x) learns what the program infers, and the program infers again with it."""
+"""q(s|x) is learned: of a prior, from simulated scans; of a fit, from what the program infers for each real one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,16 +15,60 @@ from ppl_seg.api.model import Model
 from ppl_seg.api.output import LABELS, say
 from ppl_seg.api.scan_inference import infer_scan
 from ppl_seg.data.scan_augmentation import augmentation
+from ppl_seg.data.simulated_scans import ScanSimulator
 from ppl_seg.guides.label_network import build_label_network
+from ppl_seg.inference.label_sleep import LabelOverlapLoss, SimulatedScanTask
 from ppl_seg.inference.label_training import LabelCrossEntropy, LabelTask, match_location
 from ppl_seg.inference.networks import freeze
 from ppl_seg.inference.trainer import TrainingOptions, fit
-from ppl_seg.inference.training_options import derived_seed
+from ppl_seg.inference.training_options import derived_seed, resolve_device
 
-NETWORK = "u-net"
+NETWORK, ANY_CONTRAST = "u-net", "any-contrast"
+ASLEEP_RATE, ASLEEP_CLIP_NORM = 2e-3, 1.0
 DRAWS = 16  # of z, over which a scan's label marginals are averaged
 CLIP_NORM = 0.1  # of the cross-entropy per voxel
 AGREEMENT = 0.99  # share of the structures' voxels that a round leaves as they were: the next one has nothing to teach
+
+
+def learn_asleep(
+    model: Model,
+    label_maps: Tensor,
+    steps: int,
+    training: dict[str, Any],
+    out: str | Path | None,
+    resume: bool,
+    progress: bool,
+) -> tuple[Model, dict[str, float]]:
+    """The prior with q(s|x) for scans of any contrast, and the last terms of its training.
+
+    Args:
+        model: a prior. label_maps: positions on its grid in voxels half as large, (n, *grid · 2).
+        training: seed, device, precision. out: the model directory, for checkpoints.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed(training["seed"], 0, "label network"))
+        network = build_label_network(ANY_CONTRAST, model.shape_prior, model.table.class_of_label, 1)
+    device = resolve_device(training["device"])
+    # a head's scan may come as a brain alone
+    simulator = ScanSimulator(model.table, masked={"brain": 1.0, "head": 0.5, "crop": 0.0}[model.field_of_view])
+    left_right = int(np.abs(model.grid.affine[0, :3]).argmax())
+    location = network.location(model.shape_prior.log_location_prior).to(device)
+    task = SimulatedScanTask(label_maps, location, min(model.grid.spacing), simulator, left_right)
+    options = TrainingOptions(**training, steps=steps, learning_rate=ASLEEP_RATE, clip_norm=ASLEEP_CLIP_NORM)
+    log = fit(
+        nn.Identity(),
+        network.train(),
+        LabelOverlapLoss(),
+        task,
+        options,
+        directory=None if out is None else Path(out) / LABELS,
+        resume=resume,
+        keep_checkpoint=True,
+        progress=progress,
+    )
+    config = {**model.config, "label_network": {"network": ANY_CONTRAST, "options": {}}}
+    config["training"] = {**config["training"], "label_guide": {"steps": steps, "seed": training["seed"]}}
+    return replace(model, label_network=freeze(network.cpu()), config=config), log.last_terms()
 
 
 def learn_label_network(
@@ -44,7 +89,7 @@ def learn_label_network(
     recipe, seed, location = model.recipe, training["seed"], model.shape_prior.log_location_prior
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(seed, 0, "label network"))
-        network = build_label_network(NETWORK, scans.shape[1], len(model.table), model.grid.shape)
+        network = build_label_network(NETWORK, model.shape_prior, model.table.class_of_label, scans.shape[1])
     model = replace(model, config={**model.config, "label_network": {"network": NETWORK, "options": {}}})
     options = TrainingOptions(
         **{**training, "learning_rate": recipe.label_rate}, steps=recipe.label_steps, clip_norm=CLIP_NORM

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ppl_seg import __version__
 from ppl_seg.api.output import say
@@ -26,6 +26,7 @@ from ppl_seg.errors import InputError
 from ppl_seg.files import file_sha256
 from ppl_seg.guides.deformations import DeformationGuide
 from ppl_seg.guides.label_maps import LabelMapGuide
+from ppl_seg.guides.label_network import AnyContrastNetwork, LabelNetwork
 from ppl_seg.guides.scans import ScanGuide
 from ppl_seg.inference.networks import (
     build_segmentation_model,
@@ -52,7 +53,7 @@ class LearnedModel:
         shape_prior, label_guide: p(z) p(s|z) and q(z|s), frozen. codes: q(z|s) means of the prior's label maps, (n, D).
         config: names and options of the networks, as in config.json.
         recipe: of stage 2. channels: C.
-        scan_guide, label_network: q(z|x) and q(s|x), after a fit.
+        scan_guide: q(z|x), after a fit. label_network: q(s|x), where one was learned.
         theta: of a fit: background maps, and shared or typical parameters.
     """
 
@@ -67,7 +68,7 @@ class LearnedModel:
     channels: int = 1
     scan_guide: ScanGuide | None = None
     theta: IntensityParameters | None = None
-    label_network: nn.Module | None = None
+    label_network: LabelNetwork | AnyContrastNetwork | None = None
     field_of_view: str = "crop"
 
     def save(self, directory: str | Path, files: dict[str, bytes | str] | None = None) -> None:

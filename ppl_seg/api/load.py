@@ -75,14 +75,14 @@ def _assemble(config: dict[str, Any], tensors: dict[str, Tensor]) -> Model:
     if location.shape != (len(table), *grid.shape):
         raise ValueError(f"{len(table)} labels on a grid of {grid.shape}, {WEIGHTS} has {tuple(location.shape)}")
     with torch.device("meta"):  # shapes without memory
-        expected = _shapes(_networks(config, recipe, location.to("meta")))
+        expected = _shapes(_networks(config, table, recipe, location.to("meta")))
     expected |= {"codes": (tensors["codes"].shape[0], config["shape_prior"]["latent_dim"])}
     expected |= _theta_shapes(config, recipe, table, grid)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != expected:
         name = next(n for n in sorted({*found, *expected}) if found.get(n) != expected.get(n))
         raise ValueError(f"{name}: shape {expected.get(name)} expected, {WEIGHTS} has {found.get(name)}")
-    networks = _networks(config, recipe, location)
+    networks = _networks(config, table, recipe, location)
     for prefix, network in networks.items():
         network.load_state_dict(take_prefix(tensors, prefix))
     if isinstance(networks["label_guide"], LabelMapGuide):
@@ -108,7 +108,7 @@ def _assemble(config: dict[str, Any], tensors: dict[str, Tensor]) -> Model:
     return model
 
 
-def _networks(config: Mapping[str, Any], recipe: Recipe, location: Tensor) -> dict[str, Any]:
+def _networks(config: Mapping[str, Any], table: LabelTable, recipe: Recipe, location: Tensor) -> dict[str, Any]:
     """The networks that config.json names, by the prefix of their tensors."""
     shape, labels = config["shape_prior"], config["label_guide"]
     prior = build_shape_prior(location, shape["decoder"], shape["latent_dim"], **_options(shape))
@@ -120,11 +120,11 @@ def _networks(config: Mapping[str, Any], recipe: Recipe, location: Tensor) -> di
         networks["scan_guide"] = build_scan_guide(
             prior, recipe.guide, config["channels"], **_options(config["scan_guide"])
         )
-        if "label_network" in config:
-            labels = config["label_network"]
-            networks["label_network"] = build_label_network(
-                labels["network"], config["channels"], prior.num_labels, prior.grid, **_options(labels)
-            )
+    if "label_network" in config:
+        network = config["label_network"]
+        networks["label_network"] = build_label_network(
+            network["network"], prior, table.class_of_label, config["channels"], **_options(network)
+        )
     return networks
 
 

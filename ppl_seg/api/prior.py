@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppl_seg.api.labels import learn_asleep
 from ppl_seg.api.load import load_model
 from ppl_seg.api.model import Model
 from ppl_seg.api.output import begin_training, claim_model_directory, finish_training, is_finished, say, say_device
@@ -48,7 +49,7 @@ class LabelMaps:
     """Label maps on one grid.
 
     field_of_view: brain, head or crop. labels: (n, *grid) positions. observed: (n, 1, *grid). persons: who each belongs
-    to.
+    to. fine: (n, X, Y, Z) positions in voxels half as large, where asked for.
     """
 
     table: LabelTable
@@ -58,6 +59,7 @@ class LabelMaps:
     labels: Tensor
     observed: Tensor
     persons: list[str]
+    fine: Tensor | None = None
 
 
 def learn_prior(
@@ -76,6 +78,7 @@ def learn_prior(
     participants: Sequence[str] = (),
     sessions: Sequence[str] = (),
     steps: int | None = None,
+    label_steps: int = 0,
     seed: int = 0,
     device: str = "auto",
     precision: str = "32",
@@ -83,7 +86,7 @@ def learn_prior(
     force: bool = False,
     progress: bool = False,
 ) -> Model:
-    """Learn p(z) p(s|z) and q(z|s) from label maps.
+    """Learn p(z) p(s|z) and q(z|s) from label maps, and with `label_steps` q(s|x) from scans simulated of them.
 
     Args:
         label_maps: files, folders, globs. out: model directory to write, with a report and figures.
@@ -91,7 +94,8 @@ def learn_prior(
         spacing: of the prior's grid, mm. align: none, center, rigid or affine.
         shape: convolutional, a decoder of latent dimension `latent_dim`, or warp, an atlas that z deforms; None takes
             warp for brains and heads, of which there are few maps, and convolutional for crops.
-        guide: family of q(z|s). objective: marginal or trace. steps: of training.
+        guide: family of q(z|s). objective: marginal or trace. steps: of training. label_steps: of q(s|x), for scans of
+            any contrast; 0 for none.
         participants, sessions: labels of the only ones to take; () takes all.
         resume: go on from the checkpoint in `out`. force: replace what is in `out`.
 
@@ -112,6 +116,8 @@ def learn_prior(
         )
     if latent_dim is not None and latent_dim < 1:
         raise InputError(f"--latent-dim {latent_dim}: expected at least 1")
+    if label_steps < 0:
+        raise InputError(f"--label-steps {label_steps}: expected at least 0")
     options = TrainingOptions(
         steps=steps or 0,
         learning_rate=LEARNING_RATE,
@@ -127,19 +133,19 @@ def learn_prior(
         return load_model(out)
     found = find_label_maps(label_maps, Selection(tuple(participants), tuple(sessions)))
     check_output_apart(found, out)
-    needed = prior_memory(sum(math.prod(open_image(path).shape) for file in found for path in file.paths))
+    needed = prior_memory(sum(math.prod(open_image(path).shape) for file in found for path in file.paths), label_steps)
     free = available_memory(torch.device("cpu"))  # where label maps are read, whatever trains
     check_memory("prior", needed, free, "free some, or use fewer label maps or coarser ones")
     if out is not None:
         claim_model_directory(out, force, resume)
     watch = Stopwatch()
-    maps = load_label_maps(found, labels, value_map, merge_sides, spacing, align)
+    maps = load_label_maps(found, labels, value_map, merge_sides, spacing, align, label_steps > 0)
     chosen = shape or default_shape(maps.field_of_view, latent_dim, objective)
     watch.lap("read and align")
     if out is not None:
         identity: dict[str, Any] = {"label table": maps.table.to_dict(), "grid": maps.grid.to_dict()}
         identity |= {"alignment": maps.align, "latent dimension": latent_dim, "guide": guide, "objective": objective}
-        identity |= {"shape": chosen}
+        identity |= {"shape": chosen, "label steps": label_steps}
         hashes = [file_sha256(path) for file in found for path in file.paths]
         begin_training(out, identity | {"label maps": hashes}, resume)
     held_out = held_out_persons(maps.persons)
@@ -156,7 +162,6 @@ def learn_prior(
         report = prior_report(
             learned.prior, learned.guide, maps.labels, maps.observed, held_out, maps.table.names, learned.log
         )
-    report |= run_record("cpu" if chosen == WARP else str(where)) | {"stages": watch.seconds}
     config: dict[str, Any] = {
         "shape_prior": {"decoder": chosen, "latent_dim": learned.prior.latent_dim, "options": learned.options},
         "label_guide": {"family": guide, "options": {}},
@@ -172,6 +177,11 @@ def learn_prior(
         config,
         field_of_view=maps.field_of_view,
     )
+    if maps.fine is not None:
+        training = {"seed": seed, "device": device, "precision": precision}
+        model, report["label_guide"] = learn_asleep(model, maps.fine, label_steps, training, out, resume, progress)
+        watch.lap("labels")
+    report |= run_record("cpu" if chosen == WARP and not label_steps else str(where)) | {"stages": watch.seconds}
     if out is not None:
         draw_prior(model, Path(out), seed)  # before config.json, which says that all is there
         model.save(
@@ -179,7 +189,7 @@ def learn_prior(
             {"training.csv": (Path(out) / "training.csv").read_bytes(), "report.json": json.dumps(report, indent=2)},
         )
         finish_training(out)
-    if chosen != WARP:
+    if chosen != WARP or label_steps:
         say_device(device, where)
     elif where.type != "cpu" or precision != "32":
         say([f"--shape {WARP} was learned on the CPU, in 32 bits: --device and --precision say nothing there"])
@@ -199,8 +209,12 @@ def load_label_maps(
     merge: bool,
     spacing: float | None,
     align: str | None,
+    with_fine: bool = False,
 ) -> LabelMaps:
-    """Read label maps, agree on a table and a grid, and bring them there. InputError for what can't be used."""
+    """Read label maps, agree on a table and a grid, and bring them there. InputError for what can't be used.
+
+    with_fine: bring them onto a grid of half its voxel size, too.
+    """
     if len(found) < FEWEST_MAPS:
         raise InputError(
             f"{found[0].path}: a prior needs at least {FEWEST_MAPS} label maps, better tens; found {len(found)}"
@@ -224,9 +238,18 @@ def load_label_maps(
     )
     say(messages)
     placed = [labels_on_grid(image, table, mapping, m, grid.shape) for image, m in zip(images, matrices, strict=True)]
-    positions = torch.stack([p for p, _ in placed]).to(torch.uint8 if len(table) <= 256 else torch.int16)
+    kind = torch.uint8 if len(table) <= 256 else torch.int16
+    positions = torch.stack([p for p, _ in placed]).to(kind)
+    fine = None
+    if with_fine:
+        if min(grid.shape) == 1:
+            raise InputError(f"{found[0].path}: --label-steps learns from volumes; these are one voxel thick")
+        halves, shape = np.diag([0.5, 0.5, 0.5, 1.0]), [2 * n for n in grid.shape]
+        halves[:3, 3] = -0.25  # two of them within each voxel
+        both = zip(images, matrices, strict=True)
+        fine = torch.stack([labels_on_grid(i, table, mapping, m @ halves, shape)[0].to(kind) for i, m in both])
     persons = [parse_name(file.path).entities.get("sub", str(file.path)) for file in found]
-    return LabelMaps(table, grid, chosen, view, positions, torch.stack([o for _, o in placed]), persons)
+    return LabelMaps(table, grid, chosen, view, positions, torch.stack([o for _, o in placed]), persons, fine)
 
 
 def bring_together(

@@ -25,6 +25,7 @@ _IN_TRAINING = 28  # of each scan of a batch, label and voxel of the grid
 _PER_SCAN_KEPT = 30  # of each scan, channel and voxel of the grid
 _PER_TARGET = 2  # of each scan, label and voxel of the grid
 _PER_MAP_VOXEL = 36  # of label maps
+_OF_LABEL_STEPS = 2e9  # a patch, its simulation and the network
 _OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "bad_alloc", "out of memory")
 
 
@@ -41,9 +42,9 @@ def segment_memory(
     return _LIBRARIES + own + max(infer, slab + scores + kept)
 
 
-def prior_memory(voxels: int) -> float:
-    """Bytes that reading label maps of so many voxels in all, and bringing them together, takes."""
-    return _LIBRARIES + _PER_MAP_VOXEL * voxels
+def prior_memory(voxels: int, label_steps: int) -> float:
+    """Bytes that reading label maps of so many voxels in all, and bringing them together, takes; or learning q(s|x)."""
+    return _LIBRARIES + max(_PER_MAP_VOXEL * voxels, _OF_LABEL_STEPS if label_steps else 0)
 
 
 def fit_memory(model: Model, recipe: Recipe, scans: int, channels: int) -> float:

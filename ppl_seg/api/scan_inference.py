@@ -106,7 +106,7 @@ def _infer_scan(
     maps = learned.theta.background_log_weight if fitted and amortised and learned.theta is not None else None
     maps = None if maps is None or recipe.maps is None else maps.to(device)
     program, data = model, (scan, observed)
-    log_factor, evidence = _evidence(learned, recipe, scan, observed, inside, fitted)
+    log_factor, evidence = _evidence(learned, recipe, scan, observed, inside)
     if evidence is not None:
         program = with_label_factor(learned.program(recipe, scan.shape[1]).to(device))
         data = with_log_factor(scan, observed, *evidence)
@@ -128,7 +128,7 @@ def _infer_scan(
 
 
 def _evidence(
-    learned: LearnedModel, recipe: Recipe, scan: Tensor, observed: Tensor, inside: Tensor | None, fitted: bool
+    learned: LearnedModel, recipe: Recipe, scan: Tensor, observed: Tensor, inside: Tensor | None
 ) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
     """What else than intensities speaks of labels: log factor of the read-out (M, *grid), and of the inference.
 
@@ -138,7 +138,7 @@ def _evidence(
     location = learned.shape_prior.log_location_prior.to(scan.device)
     seen = observed.any(1, keepdim=True)
     said, total = None, torch.zeros_like(location)[None]
-    if fitted and learned.label_network is not None and recipe.label_rounds:
+    if learned.label_network is not None and recipe.label_guide and recipe.shape == "prior":
         network = learned.label_network.to(scan.device)
         said = log_label_marginals(network, location, scan, observed)
         total = torch.where(seen, said, 0.0)
@@ -167,7 +167,7 @@ def _start(
         with torch.no_grad():
             raw = guide.raw(scan, observed)
         return guide.family, raw, recipe.refine_steps if refine is None else refine
-    steps = recipe.per_scan_steps if refine is None else refine
+    steps = recipe.per_scan_steps if refine is None or recipe.shape == "location" else refine
     family = build_family(recipe.guide, program.shape_prior.latent_dim).to(scan.device)
     raw = torch.zeros(len(scan), family.num_parameters, device=scan.device)
     if steps:

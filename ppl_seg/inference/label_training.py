@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..guides.label_network import AnyContrastNetwork, LabelNetwork
 from ..models.shape_prior import gaussian_blur
 from .task import Batch, Task
 from .tasks import choose
@@ -69,13 +70,15 @@ class LabelTask(Task):
         )
 
 
-def log_label_marginals(network: nn.Module, log_location_prior: Tensor, scan: Tensor, observed: Tensor) -> Tensor:
+def log_label_marginals(
+    network: LabelNetwork | AnyContrastNetwork, log_location_prior: Tensor, scan: Tensor, observed: Tensor
+) -> Tensor:
     """log u of whole scans, (B, M, *grid)."""
     with torch.no_grad():
         # torch's 3-D convolution of a single small volume on a CPU takes longer than of two
         copies = 2 if len(scan) == 1 and scan.dim() == 5 else len(scan)
         scores = network(*(x.expand(copies, *x.shape[1:]) for x in (scan, observed)))[: len(scan)]
-        log_u: Tensor = (scores + log_location_prior).float().log_softmax(1)
+        log_u: Tensor = (scores + network.location(log_location_prior)).float().log_softmax(1)
     return log_u
 
 

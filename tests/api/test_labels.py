@@ -1,7 +1,8 @@
-"""q(s|x) from end to end: learned by `fit`, kept in the model's folder, used by `segment`, left out without harm."""
+"""q(s|x) from end to end: learned by `prior` or `fit`, kept in the folder, used by `segment`, left out without harm."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import ppl_seg.api.labels as labels_api
+import ppl_seg.api.prior as prior_api
 from ppl_seg.api import Model, fit_scans, learn_prior, load_model
 from ppl_seg.api.output import LABELS
 from ppl_seg.errors import InputError
@@ -76,7 +78,7 @@ def test_without_the_network_a_model_is_what_it_was(
     bare = replace(model, label_network=None, config=config)
     bare.save(tmp_path / "bare")
     assert load_model(tmp_path / "bare").label_network is None
-    off = replace(model, recipe=replace(model.recipe, label_rounds=0))
+    off = replace(model, recipe=replace(model.recipe, label_guide=False))
     plain, probabilities = segmented(bare, study[1][0])
     assert np.array_equal(segmented(off, study[1][0])[1], probabilities)
     assert np.array_equal(segmented(load_model(tmp_path / "bare"), study[1][0])[0], plain)
@@ -125,3 +127,72 @@ def test_altered_options_of_the_network_are_an_error(fitted: tuple[Model, Path],
     replace(model, config={**model.config, "label_network": other}).save(tmp_path / "m")
     with pytest.raises(InputError, match="label_network"):
         load_model(tmp_path / "m")
+
+
+@pytest.fixture(scope="module")
+def asleep(study: tuple[Path, list[Path]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Path]:
+    """A prior whose q(s|x) learned from simulated scans."""
+    out = tmp_path_factory.mktemp("asleep") / "model"
+    maps = sorted(study[0].parent.glob("*_dseg.nii.gz"))
+    return learn_prior(maps, out=out, latent_dim=3, steps=20, label_steps=STEPS), out
+
+
+def test_a_prior_keeps_its_network_and_segments_with_it(
+    asleep: tuple[Model, Path], study: tuple[Path, list[Path]]
+) -> None:
+    model, out = asleep
+    again = load_model(out)
+    assert model.label_network is not None and again.hash == model.hash and not (out / LABELS).exists()
+    assert set(json.loads((out / "report.json").read_text())["label_guide"]) >= {"bound_per_voxel"}
+    mine, theirs = (segmented(m, study[1][0]) for m in (model, again))
+    assert np.array_equal(mine[1], theirs[1])
+    without = replace(model, recipe=replace(model.recipe, label_guide=False))
+    assert not np.array_equal(segmented(without, study[1][0])[1], mine[1])
+    plain = load_model(study[0])
+    assert np.array_equal(segmented(without, study[1][0])[1], segmented(plain, study[1][0])[1])
+    for recipe in ("location", "location-em"):  # these look at intensities at most
+        assert np.array_equal(
+            segmented(model, study[1][0], recipe=recipe)[1], segmented(plain, study[1][0], recipe=recipe)[1]
+        )
+
+
+def test_its_network_serves_any_number_of_channels(asleep: tuple[Model, Path], study: tuple[Path, list[Path]]) -> None:
+    both = asleep[0].segment((study[1][0], study[1][0]), draws=4, refine=1, keep_probabilities=True)
+    assert both.probabilities is not None and np.isfinite(both.probabilities).all()
+
+
+def test_a_fit_keeps_the_priors_network_or_replaces_it(
+    asleep: tuple[Model, Path], study: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    kept = fit_scans(study[1], prior=asleep[1], out=tmp_path / "kept", steps=2, label_rounds=0)
+    assert kept.label_network is not None and load_model(tmp_path / "kept").hash == kept.hash
+    assert kept.config["label_network"] == asleep[0].config["label_network"]
+    replaced = fit_scans(study[1], prior=asleep[1], out=tmp_path / "replaced", steps=2, label_rounds=1)
+    assert replaced.config["label_network"]["network"] == "u-net"
+
+
+def test_a_prior_killed_while_asleep_resumes_to_the_same_model(
+    asleep: tuple[Model, Path], study: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps, options = sorted(study[0].parent.glob("*_dseg.nii.gz")), {"latent_dim": 3, "steps": 20, "label_steps": STEPS}
+
+    def dies(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prior_api, "draw_prior", dies)
+    with pytest.raises(KeyboardInterrupt):
+        learn_prior(maps, out=tmp_path / "model", **options)
+    assert (tmp_path / "model" / LABELS / "checkpoint.json").is_file()
+    monkeypatch.undo()
+    model = learn_prior(maps, out=tmp_path / "model", resume=True, **options)
+    assert model.hash == asleep[0].hash
+    with pytest.raises(InputError, match="--label-steps"):
+        learn_prior(maps, out=tmp_path / "other", label_steps=-1)
+
+
+def test_flat_label_maps_teach_no_network(tmp_path: Path) -> None:
+    flat = np.zeros((12, 12, 1), np.uint8)
+    flat[3:9, 3:9] = 1
+    maps = [write(tmp_path / f"sub-{n}_dseg.nii.gz", flat) for n in range(3)]
+    with pytest.raises(InputError, match="--label-steps learns from volumes"):
+        learn_prior(maps, out=tmp_path / "model", latent_dim=2, steps=2, label_steps=1)

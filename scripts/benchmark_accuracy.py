@@ -291,6 +291,8 @@ def open_benchmark(arguments: argparse.Namespace) -> Benchmark:
     mapped = ["--map", source / "map.tsv"] if arguments.prior_maps is not None else []
     numbers = (("--steps", arguments.prior_steps), ("--steps", arguments.fit_steps), ("--draws", arguments.draws))
     for_prior, for_fit, for_segment = ([] if number is None else [name, str(number)] for name, number in numbers)
+    if arguments.label_steps:
+        for_prior += ["--label-steps", str(arguments.label_steps), "--precision", "bf16"]
     words = ["prior", source / "prior", "--labels", source / "labels.tsv", *mapped, *SETS[arguments.set], *for_prior]
     prior = stages.command("prior", words)
     boxes = box_baseline(data / "prior", groups | one_of(groups))
@@ -361,6 +363,8 @@ def main() -> None:
     parser.add_argument("--jensen", action=argparse.BooleanOptionalAction, default=True, help="b, c, d; or --no-jensen")
     curves = "Dice by refinement step, and calibration: 50 segmentations; or --no-curves"
     parser.add_argument("--curves", action=argparse.BooleanOptionalAction, default=True, help=curves)
+    asleep = "steps of `prior`'s label guide, in bf16; default: none"
+    parser.add_argument("--label-steps", type=int, default=0, help=asleep)
     parser.add_argument("--prior-steps", type=int, help="for a quick try: steps of `prior`")
     parser.add_argument("--fit-steps", type=int, help="for a quick try: steps of `fit`")
     parser.add_argument("--draws", type=int, help="for a quick try: draws of `segment`")

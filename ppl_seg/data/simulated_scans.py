@@ -73,6 +73,10 @@ class ScanSimulator:
         self.class_of_label = torch.tensor(table.class_of_label)
         self.kinds = [name.lower() for name in table.class_names]
         self.outside = torch.from_numpy(~brain_labels(table))
+        # what is within the brain
+        fluid = torch.tensor([kind == FLUID for kind in self.kinds])
+        around = torch.tensor([label in table.outer_fluid for label in range(len(table))])
+        self.fluid_spaces = fluid[self.class_of_label] & ~around
         self.other_side = other_side(table)
         self.pair = torch.minimum(self.other_side, torch.arange(len(table)))
 

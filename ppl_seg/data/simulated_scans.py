@@ -103,11 +103,12 @@ class ScanSimulator:
         scan = scan * (how.most_bias * uniform() * smooth_field(labels.shape, 30 + 30 * uniform(), generator)).exp()
         scan = functional.avg_pool3d(scan[None, None], 2)
         scan = scan + how.most_noise * uniform() * torch.randn(scan.shape, generator=generator)
-        observed = torch.ones_like(scan, dtype=torch.bool)
+        brain = functional.avg_pool3d((~self.outside[labels]).to(scan)[None, None], 2)
         if alone:  # a mask that closes sulci, and is narrow or wide
-            brain = functional.avg_pool3d((labels > 0).to(scan)[None, None], 2)
             observed = gaussian_blur(brain, 0.5 + 1.5 * uniform()) > 0.2 + 0.35 * uniform()
-        return self._normalise(scan, observed, generator), observed, labels
+            return self._normalise(scan, observed, observed, generator), observed, labels
+        observed = torch.ones_like(brain, dtype=torch.bool)
+        return self._normalise(scan, observed, brain > 0.5, generator), observed, labels
 
     def brightness(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """(N,) of each class, and (M,) of each label."""
@@ -129,10 +130,10 @@ class ScanSimulator:
         share = 1.5 * uniform() - 0.2
         return torch.where(smooth_field(shape, 6, generator) < share, fluid, uniform())
 
-    def _normalise(self, scan: Tensor, observed: Tensor, generator: torch.Generator) -> Tensor:
-        """By percentiles of this part of a scan, and a little off, since a whole scan has others."""
+    def _normalise(self, scan: Tensor, observed: Tensor, region: Tensor, generator: torch.Generator) -> Tensor:
+        """By percentiles of a region in this part of a scan, and a little off, since a whole scan has others."""
         how = self.how
-        ranked = scan[observed].sort().values
+        ranked = scan[region].sort().values
         if len(ranked) < SMALLEST_BRAIN:
             return torch.zeros_like(scan)
         low, high = ranked[int(0.02 * len(ranked))], ranked[int(0.98 * len(ranked))]

@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=60, help="default: %(default)s")
     parser.add_argument("--prior-steps", type=int, help="for a quick try: steps of `prior`")
     arguments = parser.parse_args()
-    vars(arguments).update(prior_maps=None, mask="given", fit_steps=None)
+    vars(arguments).update(prior_maps=None, mask="given", fit_steps=None, label_steps=0)
     try:
         bench = open_benchmark(arguments)
         usual = load_model(bench.prior).adapted_recipe(build_recipe("default"))

@@ -129,9 +129,7 @@ class AnyContrastNetwork(CellNetwork):
         self.register_buffer("log_location", blurred(log_location_prior, BLUR), persistent=False)
         self.posteriors = ClassPosteriors(self.log_location.exp(), class_of_label)
         self.to_features = voxelwise(dims, width, features * 2**dims)
-        self.mix = nn.Sequential(
-            convolution(dims, features + classes, hidden), nn.GroupNorm(GROUPS, hidden), nn.SiLU()
-        )
+        self.mix = nn.Sequential(convolution(dims, features + classes, hidden), nn.GroupNorm(GROUPS, hidden), nn.SiLU())
         self.to_scores = zeroed(voxelwise(dims, hidden, num_labels))
 
     @classmethod

@@ -15,6 +15,7 @@ from ppl_seg.api.model import Model
 from ppl_seg.api.output import LABELS, say
 from ppl_seg.api.scan_inference import infer_scan
 from ppl_seg.data.scan_augmentation import augmentation
+from ppl_seg.data.simulated_anatomy import AnatomySimulator
 from ppl_seg.data.simulated_scans import ScanSimulator
 from ppl_seg.guides.label_network import build_label_network
 from ppl_seg.inference.label_sleep import LabelOverlapLoss, SimulatedScanTask
@@ -50,10 +51,11 @@ def learn_asleep(
         network = build_label_network(ANY_CONTRAST, model.shape_prior, model.table.class_of_label, 1)
     device = resolve_device(training["device"])
     # a head's scan may come as a brain alone
-    simulator = ScanSimulator(model.table, masked={"brain": 1.0, "head": 0.5, "crop": 0.0}[model.field_of_view])
+    scans = ScanSimulator(model.table, masked={"brain": 1.0, "head": 0.5, "crop": 0.0}[model.field_of_view])
     left_right = int(np.abs(model.grid.affine[0, :3]).argmax())
     location = network.location(model.shape_prior.log_location_prior).to(device)
-    task = SimulatedScanTask(label_maps, location, min(model.grid.spacing), simulator, left_right)
+    anatomy = AnatomySimulator(label_maps, model.table, min(model.grid.spacing) / 2, left_right)
+    task = SimulatedScanTask(lambda box, random: scans.draw(anatomy.draw(box, random), random), location)
     options = TrainingOptions(**training, steps=steps, learning_rate=ASLEEP_RATE, clip_norm=ASLEEP_CLIP_NORM)
     log = fit(
         nn.Identity(),

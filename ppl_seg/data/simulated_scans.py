@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from ppl_seg.data.fields import brain_labels
 from ppl_seg.data.labels import FLUID, LabelTable
-from ppl_seg.models.shape_prior import gaussian_blur
+from ppl_seg.data.simulated_anatomy import other_side
 
 # Where a class lies between grey matter, 0, and white matter, 1, in most contrasts.
 BETWEEN = {
@@ -54,13 +54,6 @@ class Simulation:
     gamma: float = 0.2
 
 
-def other_side(table: LabelTable) -> Tensor:
-    """(M,) the position of each label's mirror image: its namesake on the other side, or itself."""
-    names = [name.lower() for name in table.names]
-    swapped = [name.replace("left", "\0").replace("right", "left").replace("\0", "right") for name in names]
-    return torch.tensor([names.index(other) if other in names else i for i, other in enumerate(swapped)])
-
-
 class ScanSimulator:
     """Draws scans of label maps, at half the maps' resolution.
 
@@ -73,12 +66,7 @@ class ScanSimulator:
         self.class_of_label = torch.tensor(table.class_of_label)
         self.kinds = [name.lower() for name in table.class_names]
         self.outside = torch.from_numpy(~brain_labels(table))
-        # what is within the brain
-        fluid = torch.tensor([kind == FLUID for kind in self.kinds])
-        around = torch.tensor([label in table.outer_fluid for label in range(len(table))])
-        self.fluid_spaces = fluid[self.class_of_label] & ~around
-        self.other_side = other_side(table)
-        self.pair = torch.minimum(self.other_side, torch.arange(len(table)))
+        self.pair = torch.minimum(other_side(table), torch.arange(len(table)))
 
     def draw(self, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """A normalised scan and where it is observed, (1, 1, *half), and the labels that it shows.
@@ -105,7 +93,7 @@ class ScanSimulator:
         scan = scan + how.most_noise * uniform() * torch.randn(scan.shape, generator=generator)
         brain = functional.avg_pool3d((~self.outside[labels]).to(scan)[None, None], 2)
         if alone:  # a mask that closes sulci, and is narrow or wide
-            observed = gaussian_blur(brain, 0.5 + 1.5 * uniform()) > 0.2 + 0.35 * uniform()
+            observed = blur(brain[0, 0], 0.5 + 1.5 * uniform())[None, None] > 0.2 + 0.35 * uniform()
             return self._normalise(scan, observed, observed, generator), observed, labels
         observed = torch.ones_like(brain, dtype=torch.bool)
         return self._normalise(scan, observed, brain > 0.5, generator), observed, labels
@@ -157,15 +145,16 @@ def smooth_field(shape: Sequence[int], knots: float, generator: torch.Generator)
 
 
 def blur(volume: Tensor, sd: float) -> Tensor:
-    """A Gaussian of at most two voxels to either side, along each axis of (X, Y, Z); edges replicated.
+    """A Gaussian, to two standard deviations and at least two voxels, along each axis of (X, Y, Z); edges replicated.
 
     Sums of shifted volumes: for so few voxels several times faster than a convolution.
     """
-    weights = [math.exp(-0.5 * (k / sd) ** 2) for k in range(-2, 3)]
+    reach = max(2, math.ceil(2 * sd))
+    weights = [math.exp(-0.5 * (k / sd) ** 2) for k in range(-reach, reach + 1)]
     for axis in range(3):
         n = volume.shape[axis]
         first, last = volume.narrow(axis, 0, 1), volume.narrow(axis, n - 1, 1)
-        padded = torch.cat([first, first, volume, last, last], axis)
+        padded = torch.cat([*[first] * reach, volume, *[last] * reach], axis)
         volume = torch.zeros_like(volume)
         for k, weight in enumerate(weights):
             volume.add_(padded.narrow(axis, k, n), alpha=weight / sum(weights))

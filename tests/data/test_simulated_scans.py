@@ -17,7 +17,6 @@ from ppl_seg.data.simulated_scans import (
     Simulation,
     blur,
     in_slices,
-    other_side,
     smooth_field,
 )
 
@@ -46,10 +45,6 @@ def boxes() -> Tensor:
     labels[4:20, 2:4, 4:12] = 7
     labels[2:22, 16:18, 2:14] = 8
     return labels
-
-
-def test_sides_are_swapped_by_name() -> None:
-    assert other_side(TABLE).tolist() == [0, 4, 5, 6, 1, 2, 3, 7, 8]
 
 
 def test_a_scan_without_accidents_shows_the_classes() -> None:
@@ -90,10 +85,11 @@ def test_the_same_seed_draws_the_same_scan() -> None:
         assert torch.equal(one, again) and torch.isfinite(one).all()
 
 
-def test_blur_is_scipys() -> None:
+@pytest.mark.parametrize(("sd", "radius"), [(0.9, 2), (1.4, 3), (2.0, 4)])
+def test_blur_is_scipys(sd: float, radius: int) -> None:
     volume = torch.rand(9, 8, 7, generator=seeded(), dtype=torch.float64)
-    expected = ndimage.gaussian_filter(volume.numpy(), 0.9, mode="nearest", radius=2)
-    np.testing.assert_allclose(blur(volume, 0.9).numpy(), expected, rtol=1e-12)
+    expected = ndimage.gaussian_filter(volume.numpy(), sd, mode="nearest", radius=radius)
+    np.testing.assert_allclose(blur(volume, sd).numpy(), expected, rtol=1e-12)
 
 
 def test_slices_keep_the_mean_and_what_is_constant() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_seg.data.labels import LabelTable, make_entry
+from ppl_seg.data.simulated_anatomy import AnatomySimulator
 from ppl_seg.data.simulated_scans import ScanSimulator
 from ppl_seg.guides.label_network import AnyContrastNetwork
 from ppl_seg.inference.label_sleep import FEWEST, OVERLAP, LabelOverlapLoss, SimulatedScanTask, label_shares
@@ -16,8 +17,6 @@ from ppl_seg.inference.trainer import TrainingOptions, fit
 GRID = (16, 12, 10)
 ENTRIES = [(0, "Background"), (2, "Left-Cerebral-White-Matter"), (41, "Right-Cerebral-White-Matter")]
 TABLE = LabelTable(tuple(make_entry(index, name) for index, name in [*ENTRIES, (4, "Left-Lateral-Ventricle")]))
-
-BALLS = LabelTable(tuple(make_entry(index, name) for index, name in [(0, "Background"), (1, "A"), (2, "B"), (3, "C")]))
 
 
 def label_maps() -> Tensor:
@@ -34,8 +33,9 @@ def log_location() -> Tensor:
     return (shares.mean(0) + 0.01).log().log_softmax(0)
 
 
-def task() -> SimulatedScanTask:
-    return SimulatedScanTask(label_maps(), log_location(), 2.0, ScanSimulator(TABLE, masked=1.0))
+def task(maps: Tensor, location: Tensor) -> SimulatedScanTask:
+    anatomy, scans = AnatomySimulator(maps, TABLE, 1.0), ScanSimulator(TABLE, masked=1.0)
+    return SimulatedScanTask(lambda box, random: scans.draw(anatomy.draw(box, random), random), location)
 
 
 def test_shares_are_counts() -> None:
@@ -48,7 +48,7 @@ def test_shares_are_counts() -> None:
 
 
 def test_batches_are_drawn_by_their_generator() -> None:
-    made = task()
+    made = task(label_maps(), log_location())
     for step in range(4):
         one, again = (made.batch(step, torch.Generator().manual_seed(step)) for _ in range(2))
         scan, observed, location, targets, box = one.args
@@ -62,7 +62,7 @@ def test_a_large_grid_comes_in_patches() -> None:
     sizes = (PATCH + 6, PATCH, 8)
     large = torch.zeros(1, *(2 * n for n in sizes), dtype=torch.uint8)
     large[:, 20:-20, 20:-20, 2:-2] = 1
-    made = SimulatedScanTask(large, torch.zeros(4, *sizes), 2.0, ScanSimulator(TABLE, masked=1.0))
+    made = task(large, torch.zeros(4, *sizes))
     starts = set()
     for step in range(8):
         args = made.batch(step, torch.Generator().manual_seed(step)).args
@@ -71,38 +71,10 @@ def test_a_large_grid_comes_in_patches() -> None:
     assert len(starts) > 1
 
 
-def test_mirrored_maps_have_their_sides_swapped() -> None:
-    made = task()
-    holes = set()
-    for seed in range(12):
-        box = tuple(slice(0, n) for n in GRID)
-        labels = made._deformed(label_maps()[0], box, torch.Generator().manual_seed(seed))
-        left, right = ((labels == m).nonzero()[:, 0].float().mean() for m in (1, 2))
-        assert left < right  # left stays left
-        holes.add(bool((labels == 3).nonzero()[:, 0].float().mean() > GRID[0]))
-    assert holes == {False, True}  # what has no other side is on either
-
-
-def test_fluid_spaces_grow_and_nothing_folds() -> None:
-    made, volumes = task(), []
-    places = torch.stack(torch.meshgrid(*(torch.arange(2.0 * n) for n in GRID), indexing="ij"), -1)
-    for seed in range(20):
-        grown = made._grown(places, label_maps()[0], torch.Generator().manual_seed(seed))
-        assert grown.shape == places.shape
-        steps = torch.stack([grown.diff(dim=axis)[:31, :23, :19] for axis in range(3)], -1)
-        assert bool((torch.linalg.det(steps) > 0).all())
-        x, y, z = grown.round().long().unbind(-1)
-        inside = [i.clamp(0, 2 * n - 1) for i, n in zip((x, y, z), GRID, strict=True)]
-        volumes.append(int((label_maps()[0][tuple(inside)] == 3).sum()) / int((label_maps()[0] == 3).sum()))
-    assert max(volumes) > 1.5 and sum(volumes) / len(volumes) > 1.1
-    without = SimulatedScanTask(label_maps(), log_location(), 2.0, ScanSimulator(BALLS, masked=1.0))
-    assert torch.equal(without._grown(places, label_maps()[0], torch.Generator()), places)
-
-
 def test_the_loss_in_plain_loops() -> None:
     random = torch.Generator().manual_seed(4)
     scores = torch.randn(1, 4, *GRID, generator=random, dtype=torch.float64, requires_grad=True)
-    scan, observed, location, targets, box = task().batch(0, random).args
+    scan, observed, location, targets, box = task(label_maps(), log_location()).batch(0, random).args
     loss = LabelOverlapLoss().differentiable_loss(None, lambda *_: scores, scan, observed, location, targets, box)
     seen = observed[0, 0]
     u = (scores.float() + location).softmax(1)[0][:, seen].double()
@@ -120,7 +92,7 @@ def test_the_loss_in_plain_loops() -> None:
 def test_the_network_learns_from_simulated_scans() -> None:
     torch.manual_seed(0)
     network = AnyContrastNetwork(log_location(), TABLE.class_of_label, width=8, levels=2, features=4, hidden=8)
-    made = SimulatedScanTask(label_maps(), network.location(log_location()), 2.0, ScanSimulator(TABLE, masked=1.0))
+    made = task(label_maps(), network.location(log_location()))
     batches = [made.batch(0, torch.Generator().manual_seed(1000 + seed)).args for seed in range(8)]
 
     def divergence() -> float:

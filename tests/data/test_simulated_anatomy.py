@@ -1,0 +1,61 @@
+"""Label maps drawn from label maps: what each step does, by itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ppl_seg.data.labels import LabelTable, make_entry
+from ppl_seg.data.simulated_anatomy import AnatomySimulator, other_side
+
+SHAPE = (32, 24, 20)
+ENTRIES = [(0, "Background"), (2, "Left-Cerebral-White-Matter"), (41, "Right-Cerebral-White-Matter")]
+TABLE = LabelTable(tuple(make_entry(index, name) for index, name in [*ENTRIES, (4, "Left-Lateral-Ventricle")]))
+BALLS = LabelTable(tuple(make_entry(index, name) for index, name in [(0, "Background"), (1, "A"), (2, "B"), (3, "C")]))
+
+
+def label_maps() -> Tensor:
+    """(1, *SHAPE): two halves, and a hole on the left."""
+    one = torch.zeros(1, *SHAPE, dtype=torch.uint8)
+    one[0, 4:16, 4:20, 4:16], one[0, 16:28, 4:20, 4:16] = 1, 2
+    one[0, 8:13, 8:14, 6:14] = 3
+    return one
+
+
+def simulator(table: LabelTable) -> AnatomySimulator:
+    return AnatomySimulator(label_maps(), table, 1.0)
+
+
+def test_sides_are_swapped_by_name() -> None:
+    names = {0: "Background", 2: "Left-Cerebral-White-Matter", 16: "Brain-Stem", 41: "Right-Cerebral-White-Matter"}
+    table = LabelTable(tuple(make_entry(index, name) for index, name in names.items()))
+    assert other_side(table).tolist() == [0, 3, 2, 1]
+    assert other_side(TABLE).tolist() == [0, 2, 1, 3]
+
+
+def test_mirrored_maps_have_their_sides_swapped() -> None:
+    made = simulator(TABLE)
+    holes = set()
+    for seed in range(12):
+        box = tuple(slice(0, n) for n in SHAPE)
+        labels = made.draw(box, torch.Generator().manual_seed(seed))
+        left, right = ((labels == m).nonzero()[:, 0].float().mean() for m in (1, 2))
+        assert left < right  # left stays left
+        holes.add(bool((labels == 3).nonzero()[:, 0].float().mean() > SHAPE[0] / 2))
+    assert holes == {False, True}  # what has no other side is on either
+
+
+def test_fluid_spaces_grow_and_nothing_folds() -> None:
+    made, volumes = simulator(TABLE), []
+    places = torch.stack(torch.meshgrid(*(torch.arange(float(n)) for n in SHAPE), indexing="ij"), -1)
+    for seed in range(20):
+        grown = made._grown(places, label_maps()[0], torch.Generator().manual_seed(seed))
+        assert grown.shape == places.shape
+        steps = torch.stack([grown.diff(dim=axis)[:31, :23, :19] for axis in range(3)], -1)
+        assert bool((torch.linalg.det(steps) > 0).all())
+        x, y, z = grown.round().long().unbind(-1)
+        inside = [i.clamp(0, n - 1) for i, n in zip((x, y, z), SHAPE, strict=True)]
+        volumes.append(int((label_maps()[0][tuple(inside)] == 3).sum()) / int((label_maps()[0] == 3).sum()))
+    assert max(volumes) > 1.5 and sum(volumes) / len(volumes) > 1.1
+    without = simulator(BALLS)
+    assert torch.equal(without._grown(places, label_maps()[0], torch.Generator()), places)

@@ -92,7 +92,9 @@ def learn_label_network(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(seed, 0, "label network"))
         network = build_label_network(NETWORK, model.shape_prior, model.table.class_of_label, scans.shape[1])
-    model = replace(model, config={**model.config, "label_network": {"network": NETWORK, "options": {}}})
+    model = replace(  # what was learned asleep makes room
+        model, label_network=None, config={**model.config, "label_network": {"network": NETWORK, "options": {}}}
+    )
     options = TrainingOptions(
         **{**training, "learning_rate": recipe.label_rate}, steps=recipe.label_steps, clip_norm=CLIP_NORM
     )

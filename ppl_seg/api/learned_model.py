@@ -100,6 +100,11 @@ class LearnedModel:
         text = repr(sorted(self._configuration().items())).encode()
         return hashlib.sha256(text + tensor_bytes(self._tensors())).hexdigest()
 
+    @property
+    def learned_asleep(self) -> bool:
+        """Whether q(s|x) is a prior's, of scans simulated from label maps, rather than a fit's, of what it inferred."""
+        return isinstance(self.label_network, AnyContrastNetwork)
+
     def program(self, recipe: Recipe, channels: int) -> SegmentationModel:
         """The probabilistic program that a recipe asks for, on this prior, frozen."""
         return freeze(self.build_program(recipe, channels, self.theta if recipe.intensity == "shared" else None))

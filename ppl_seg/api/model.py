@@ -110,8 +110,9 @@ class Model(LearnedModel):
                 keep_probabilities,
                 region.to(where),
                 share,
-                found.log_factor,
+                found.log_u,
                 chosen.power_at(own.image.voxel_volume),
+                chosen.label_share if fitting.learned_asleep else None,
             )
         positions = result.labels.cpu().numpy()
         quality = label_quality(positions, result.confidence.cpu().numpy(), len(self.table))

@@ -33,7 +33,7 @@ class Inference:
     """One scan's posterior on the grid.
 
     program, data: what z was inferred with, data (scan, observed); both with the label guide's factor where there is
-    one. model: the program without it; log_factor: it, log u (M, *grid), or None.
+    one that was learned awake. model: the program without it. log_u: the label guide's word, (M, *grid), or None.
     bound: of the program, by the objective, nats; with the factor it is a lower bound of the bound without, see
     `models.guided_intensity`. kl: KL(q ‖ p). strength: that the bound chose for a warped atlas, or None.
     """
@@ -42,13 +42,13 @@ class Inference:
     program: SegmentationModel
     data: tuple[Tensor, Tensor]
     model: SegmentationModel
-    log_factor: Tensor | None
+    log_u: Tensor | None
     bound: float
     kl: float
     strength: float | None = None
 
     def label_marginals(self, draws: int, power: float) -> Tensor:
-        """Responsibilities averaged over draws of z, (1, M, *grid). power: of the likelihood within them."""
+        """Responsibilities of `program` averaged over draws of z, (1, M, *grid). power: of the likelihood."""
         z = self.posterior.sample(draws)
         r = label_responsibilities(self.program, z, *self.data, self.posterior.theta, power=power)
         return r.unflatten(-1, self.model.shape_prior.grid)
@@ -77,14 +77,16 @@ def infer_scan(
     Raises:
         InputError: the recipe shares θ among scans, and the model was fitted to none.
     """
-    atlas = learned.shape_prior
+    atlas, scans = learned.shape_prior, (scan, observed)
+    log_u = _label_guide(learned, recipe, *scans)
+    evidence = _evidence(learned, recipe, *scans, inside, None if learned.learned_asleep else log_u)
     as_encoded = learned.scan_guide is not None and amortised and refine == 0
     if not isinstance(atlas, WarpedAtlas) or recipe.shape != "prior" or encoded is not None or as_encoded:
-        return _infer_scan(learned, recipe, scan, observed, refine, encoded, amortised, inside)
+        return _infer_scan(learned, recipe, *scans, refine, encoded, amortised, log_u, evidence)
     found = []
     for strength in recipe.strengths:
-        deformed = replace(learned, shape_prior=atlas.deformed_by(strength))
-        one = _infer_scan(deformed, recipe, scan, observed, refine, encoded, amortised and strength == 1, inside)
+        deformed, there = replace(learned, shape_prior=atlas.deformed_by(strength)), amortised and strength == 1
+        one = _infer_scan(deformed, recipe, *scans, refine, encoded, there, log_u, evidence)
         found.append(replace(one, strength=strength))
     return max(found, key=lambda one: one.bound)
 
@@ -97,16 +99,16 @@ def _infer_scan(
     refine: int | None,
     encoded: dist.Distribution | None,
     amortised: bool,
-    inside: Tensor | None,
+    log_u: Tensor | None,
+    evidence: tuple[Tensor, Tensor] | None,
 ) -> Inference:
-    """`infer_scan` with the prior as it is."""
+    """`infer_scan` with the prior as it is, and what speaks of labels beside intensities."""
     device = scan.device
     model = learned.program(recipe, scan.shape[1]).to(device)
     fitted = learned.scan_guide is not None and recipe.shape == "prior"
     maps = learned.theta.background_log_weight if fitted and amortised and learned.theta is not None else None
     maps = None if maps is None or recipe.maps is None else maps.to(device)
     program, data = model, (scan, observed)
-    log_factor, evidence = _evidence(learned, recipe, scan, observed, inside)
     if evidence is not None:
         program = with_label_factor(learned.program(recipe, scan.shape[1]).to(device))
         data = with_log_factor(scan, observed, *evidence)
@@ -124,31 +126,38 @@ def _infer_scan(
             theta = _theta_at(family(raw), program, data, theta, recipe, recipe.em_iterations // 2)
         posterior = infer(program, family, raw, *data, theta, recipe, steps, maps is None and recipe.maps is not None)
     bound = posterior.bound(program, recipe.objective, *data)
-    return Inference(posterior, program, data, model, log_factor, bound, float(posterior.kl(program)[0]))
+    return Inference(posterior, program, data, model, log_u, bound, float(posterior.kl(program)[0]))
+
+
+def _label_guide(learned: LearnedModel, recipe: Recipe, scan: Tensor, observed: Tensor) -> Tensor | None:
+    """log u, (M, *grid), where there is a q(s|x) that the recipe asks for."""
+    if learned.label_network is None or not recipe.label_guide or recipe.shape != "prior":
+        return None
+    location = learned.shape_prior.log_location_prior.to(scan.device)
+    return log_label_marginals(learned.label_network.to(scan.device), location, scan, observed)[0]
 
 
 def _evidence(
-    learned: LearnedModel, recipe: Recipe, scan: Tensor, observed: Tensor, inside: Tensor | None
-) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
-    """What else than intensities speaks of labels: log factor of the read-out (M, *grid), and of the inference.
+    learned: LearnedModel,
+    recipe: Recipe,
+    scan: Tensor,
+    observed: Tensor,
+    inside: Tensor | None,
+    log_u: Tensor | None,
+) -> tuple[Tensor, Tensor] | None:
+    """What else than intensities the inference hears: log factor (1, M, *grid), where it counts (1, 1, *grid).
 
-    The latter (1, M, *grid) with where it counts (1, 1, *grid). Outside a brain mask but near brains only the mask
-    speaks.
+    Outside a brain mask but near brains only the mask speaks.
     """
     location = learned.shape_prior.log_location_prior.to(scan.device)
     seen = observed.any(1, keepdim=True)
-    said, total = None, torch.zeros_like(location)[None]
-    if learned.label_network is not None and recipe.label_guide and recipe.shape == "prior":
-        network = learned.label_network.to(scan.device)
-        said = log_label_marginals(network, location, scan, observed)
-        total = torch.where(seen, said, 0.0)
-    said = None if said is None else said[0]
+    total = torch.zeros_like(location)[None] if log_u is None else torch.where(seen, log_u, 0.0)
     rates = recipe.observed_rates(len(location), learned.table.outer_fluid)
     if not rates:
-        return said, None if said is None else (total, seen)
+        return None if log_u is None else (total, seen)
     near = location[0].exp() < NEAR_BRAIN
     counts = seen | (near if inside is None else near & inside.to(near.device))
-    return said, (total + outside_log_factor(seen, rates), counts)
+    return total + outside_log_factor(seen, rates), counts
 
 
 def _start(

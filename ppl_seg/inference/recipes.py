@@ -42,6 +42,7 @@ class Recipe:
         refine_steps, refine_rate: gradient steps per scan that follow the encoder.
         per_scan_steps: gradient steps per scan where there is no encoder.
         label_guide: whether q(s|x) has its say where the model has one.
+        label_share: w, of one learned asleep in the label marginals, r^(1 − w) u^w.
         label_rounds: how often q(s|x) is learned from what the program infers with it, after q(z|x); 0 for no q(s|x).
         label_steps, label_batch_size, label_rate: of each round.
         label_blur: sd in mm through which the mean of its targets is matched to the location prior; 0 leaves them.
@@ -74,6 +75,7 @@ class Recipe:
     refine_rate: float = 0.1
     per_scan_steps: int = 30
     label_guide: bool = True
+    label_share: float = 0.3
     label_rounds: int = 2
     label_steps: int = 600
     label_batch_size: int = 4

@@ -63,8 +63,9 @@ def read_out(
     keep_marginals: bool = False,
     region: Tensor | None = None,
     share: float = 1.0,
-    log_factor: Tensor | None = None,
+    log_u: Tensor | None = None,
     power: float = 1.0,
+    pooled: float | None = None,
 ) -> Readout:
     """Read S draws of z out.
 
@@ -80,11 +81,12 @@ def read_out(
         keep_draws, keep_marginals: keep every drawn segmentation, the label marginals.
         region: bool, (X, Y, Z), the mask: what may be something else than background; None for everything.
         share: of the usual working memory; less takes longer.
-        log_factor: log u of a label guide on the prior's grid, (M, *grid): r ∝ f p(x|m) u where the scan is observed.
+        log_u: a label guide's, on the prior's grid, (M, *grid): r ∝ f p(x|m)^κ u where the scan is observed.
         power: κ, r ∝ f p(x|m)^κ.
+        pooled: w, for r ∝ (f p(x|m)^κ)^(1 − w) u^w in its place, a logarithmic opinion pool; not with `decoder`.
     """
     own, total, count = tuple(scan.shape[1:]), scan[0].numel(), model.shape_prior.num_labels
-    reader = _Reader(model, theta.detach(), scan, observed, matrix, name, log_factor, power)
+    reader = _Reader(model, theta.detach(), scan, observed, matrix, name, log_u, power, pooled)
     all_blocks = reader.blocks(torch.ones_like(observed[0]) if region is None else region)
     labels = torch.zeros(total, dtype=torch.int64, device=scan.device)
     confidence, entropy = scan.new_ones(total), scan.new_zeros(total)
@@ -134,14 +136,20 @@ class _Reader:
         observed: Tensor,
         matrix: np.ndarray,
         name: ReadoutName,
-        log_factor: Tensor | None,
+        log_u: Tensor | None,
         power: float,
+        pooled: float | None,
     ) -> None:
-        self.intensity, self.theta, self.name, self.power = model.intensity, theta, name, power
+        self.intensity, self.theta, self.name = model.intensity, theta, name
+        if pooled is not None and name == "decoder":
+            log_u = None
+        # exponents of what the program says, of the intensities, of the label guide
+        share = 0.0 if log_u is None or pooled is None else pooled
+        self.own_power, self.power, self.guide_power = 1 - share, (1 - share) * power, share or 1.0
         self.own = tuple(scan.shape[1:])
         self.grid = (*model.shape_prior.grid, 1)[:3]  # a 2-D grid is one slice
         self.log_location = model.shape_prior.log_location_prior.flatten(1)
-        self.log_factor = None if log_factor is None else log_factor.flatten(1)
+        self.log_u = None if log_u is None else log_u.flatten(1)
         self.scan, self.observed = torch.where(observed, scan, 0.0).flatten(1), observed.flatten(1)
         to_grid = np.linalg.inv(matrix)  # own voxel → grid voxel
         whole = whole_voxels(to_grid, self.own)
@@ -212,6 +220,8 @@ class _Reader:
             index, weight = linear_rows((places + 0.5) * ratio.to(places.device) - 0.5, coarse)  # as `enlarge`
             f = weighted_rows(scores.flatten(1, -2), index, weight.to(scores.dtype))
         f += self.log_location[:, corners, None]
+        if self.own_power != 1:
+            f *= self.own_power
         f -= f.amax(0)
         f.exp_()
         f /= f.sum(0)
@@ -225,9 +235,9 @@ class _Reader:
             theta = theta.with_maps(maps[..., 0].clamp(min=1e-12).log())
         scan, seen = self.scan[None, :, voxels], self.observed[None, :, voxels]
         log_likelihood = self.intensity.label_log_prob(scan, seen, theta, self.power)[0]
-        if self.log_factor is not None:  # brought here as f is
-            said = weighted_rows(self.log_factor[:, corners].unsqueeze(-1), index, weight)[..., 0]
-            log_likelihood = log_likelihood + torch.where(seen[0].any(0), said, 0.0)
+        if self.log_u is not None:  # brought here as f is
+            said = weighted_rows(self.log_u[:, corners].unsqueeze(-1), index, weight)[..., 0]
+            log_likelihood = log_likelihood + torch.where(seen[0].any(0), self.guide_power * said, 0.0)
         peak = log_likelihood.amax(0)
         return (log_likelihood - peak).exp(), peak
 

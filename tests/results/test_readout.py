@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -245,3 +247,40 @@ def test_a_power_tempers_what_the_scan_says() -> None:
     odds = (marginals(1.0) / f).log()
     tempered = (marginals(0.5) / f).log()
     torch.testing.assert_close(tempered[1] - tempered[0], 0.5 * (odds[1] - odds[0]), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("pooled", [None, 0.3])
+def test_a_label_guide_is_multiplied_or_pooled(pooled: float | None) -> None:
+    model, theta = program(SHAPE, False)
+    scan, _ = scan_of(SHAPE)
+    observed = torch.ones_like(scan, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(2)
+    z = torch.randn(3, 2, generator=generator, dtype=torch.float64)
+    labels = model.shape_prior.num_labels
+    log_u = torch.randn(labels, *SHAPE, generator=generator, dtype=torch.float64).log_softmax(0)
+
+    def marginals(some: torch.Tensor, **options: Any) -> torch.Tensor:
+        found = read_out(model, some, theta, scan, observed, np.eye(4), keep_marginals=True, power=0.5, **options)
+        assert found.marginals is not None
+        return found.marginals
+
+    expected = []
+    for draw in z.split(1):
+        log_r = marginals(draw).log()
+        expected.append((log_r + log_u if pooled is None else (1 - pooled) * log_r + pooled * log_u).softmax(0))
+    together = marginals(z, log_u=log_u, pooled=pooled)
+    torch.testing.assert_close(together, torch.stack(expected).mean(0), rtol=1e-7, atol=1e-9)
+    if pooled is not None:  # where both say the same, so does the pool
+        torch.testing.assert_close(marginals(z[:1], log_u=marginals(z[:1]).log(), pooled=pooled), marginals(z[:1]))
+
+
+def test_the_decoders_readout_has_no_pool() -> None:
+    model, theta = program(SHAPE, False)
+    scan, observed = scan_of(SHAPE)
+    z = torch.tensor([[0.3, -0.2]], dtype=torch.float64)
+    log_u = torch.zeros(model.shape_prior.num_labels, *SHAPE, dtype=torch.float64)
+    f = model.shape_prior.log_label_probs(z[0]).exp()
+    found = read_out(
+        model, z, theta, scan, observed, np.eye(4), "decoder", keep_marginals=True, log_u=log_u, pooled=0.3
+    )
+    torch.testing.assert_close(found.marginals, f, rtol=1e-8, atol=1e-10)

@@ -6,10 +6,8 @@ comes out is the same, up to noise, whether white matter is bright or dark, so t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..models.shape_prior import gaussian_blur
 
@@ -27,35 +25,28 @@ def blurred(log_location_prior: Tensor, sd: float) -> Tensor:
     return ((1 - LOWEST) * p + LOWEST / len(p)).log()
 
 
-class ClassPosteriors(nn.Module):
-    """Of each channel by itself the posteriors of the N classes, without and with the location prior.
+def class_weights(log_location: Tensor, class_of_label: Tensor) -> Tensor:
+    """p(class) at each voxel, (N, *grid), of log p(label), (M, *grid)."""
+    location = log_location.exp()
+    classes = int(class_of_label.max()) + 1
+    return location.new_zeros(classes, *location.shape[1:]).index_add(0, class_of_label, location)
+
+
+@torch.no_grad()
+def class_posteriors(scan: Tensor, observed: Tensor, weights: Tensor) -> Tensor:
+    """Of each scan by itself the posteriors of the N classes, without and with their prior, (B, 2N, *grid).
+
+    0 where unobserved.
 
     Args:
-        location: probabilities of the labels, (M, *grid), blurred. class_of_label: (M,).
+        scan, observed: (B, 1, *grid). weights: p(class) at each voxel, positive, (N, *grid).
     """
-
-    weights: Tensor
-
-    def __init__(self, location: Tensor, class_of_label: Sequence[int]) -> None:
-        super().__init__()
-        owner = torch.tensor(class_of_label, device=location.device)
-        weights = location.new_zeros(max(class_of_label) + 1, *location.shape[1:]).index_add(0, owner, location)
-        self.register_buffer("weights", weights, persistent=False)
-
-    @torch.no_grad()
-    def forward(self, scan: Tensor, observed: Tensor, box: Sequence[slice] | None = None) -> Tensor:
-        """(B, 2N, *grid), 0 where unobserved.
-
-        Args:
-            scan, observed: (B, 1, *grid). box: which part of the prior's grid these are; None for all of it.
-        """
-        weights = self.weights if box is None else self.weights[(slice(None), *box)]
-        weights = weights.to(scan.dtype).flatten(1)
-        found = []
-        for x, o in zip(scan.flatten(1), observed.flatten(1), strict=True):
-            fits = class_log_likelihood(x, o, weights)
-            found.append(torch.cat([fits.softmax(0), (fits + weights.log()).softmax(0)]) * o)
-        return torch.stack(found).unflatten(-1, scan.shape[2:])
+    weights = weights.flatten(1)
+    found = []
+    for x, o in zip(scan.flatten(1), observed.flatten(1), strict=True):
+        fits = class_log_likelihood(x, o, weights)
+        found.append(torch.cat([fits.softmax(0), (fits + weights.log()).softmax(0)]) * o)
+    return torch.stack(found).unflatten(-1, scan.shape[2:])
 
 
 def class_log_likelihood(x: Tensor, observed: Tensor, weights: Tensor) -> Tensor:

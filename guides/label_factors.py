@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..models.intensity import IntensityParameters
 from ..models.segmentation import SegmentationModel, voxels_first
+from .label_network import AnyContrastNetwork
 
 
 class LabelFactorGuide(PyroModule):
@@ -45,7 +46,10 @@ class LabelFactorGuide(PyroModule):
         with poutine.block(hide=["scans"]):  # the plate is entered again below: one site of that name a trace
             z: Tensor = self.z_guide(scan, observed, theta)
         network = self.factor if isinstance(self.factor, nn.Module) else None
-        logits = shape.log_label_probs(z) if network is None else network(scan, observed) + shape.log_location_prior
+        location = shape.log_location_prior
+        if isinstance(network, AnyContrastNetwork):
+            location = network.location(location)
+        logits = shape.log_label_probs(z) if network is None else network(scan, observed) + location
         logits = logits.flatten(-len(shape.grid))
         observed = observed.expand(-1, intensity.channels, *shape.grid).flatten(2)
         if self.factor == "posterior":

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from ..models.decoders import Lattice, convolution, enlarge
 from ..models.shape_prior import LabelPrior
-from .class_posteriors import ClassPosteriors, blurred
+from .class_posteriors import blurred, class_posteriors, class_weights
 
 GROUPS = 4  # of the normalised channels
 BLUR = 2.0  # voxels, of the location prior that an "any-contrast" network starts from
@@ -102,7 +102,7 @@ class LabelNetwork(CellNetwork):
 
 
 class AnyContrastNetwork(CellNetwork):
-    """From scans of any contrast to label scores: it is shown what `ClassPosteriors` says of a scan, not the scan.
+    """From scans of any contrast to label scores: it is shown what `class_posteriors` says of a scan, not the scan.
 
     Channels are seen one by one, and their scores averaged where they are observed. The last layers work on
     voxels; the very last starts at zero.
@@ -113,6 +113,7 @@ class AnyContrastNetwork(CellNetwork):
     """
 
     log_location: Tensor
+    class_of_label: Tensor
 
     def __init__(
         self,
@@ -126,8 +127,9 @@ class AnyContrastNetwork(CellNetwork):
         num_labels, *grid = log_location_prior.shape
         classes, dims = max(class_of_label) + 1, len(grid)
         super().__init__(1 + 2 * classes, grid, width, levels)
-        self.register_buffer("log_location", blurred(log_location_prior, BLUR), persistent=False)
-        self.posteriors = ClassPosteriors(self.log_location.exp(), class_of_label)
+        # saved with the weights, which were learned with it: the prior may be one of brains alone by now
+        self.register_buffer("log_location", blurred(log_location_prior, BLUR).half())
+        self.register_buffer("class_of_label", torch.tensor(class_of_label), persistent=False)
         self.to_features = voxelwise(dims, width, features * 2**dims)
         self.mix = nn.Sequential(convolution(dims, features + classes, hidden), nn.GroupNorm(GROUPS, hidden), nn.SiLU())
         self.to_scores = zeroed(voxelwise(dims, hidden, num_labels))
@@ -139,14 +141,15 @@ class AnyContrastNetwork(CellNetwork):
 
     def location(self, log_location_prior: Tensor) -> Tensor:
         """The location prior of label maps that lie some voxels off, (M, *grid)."""
-        return self.log_location
+        return self.log_location.to(log_location_prior.dtype)
 
     def forward(self, scan: Tensor, observed: Tensor, box: Lattice | None = None) -> Tensor:
         """As `LabelNetwork.forward`."""
         batch, channels = scan.shape[:2]
         one = scan.flatten(0, 1).unsqueeze(1)
         seen = observed.expand_as(scan).flatten(0, 1).unsqueeze(1)
-        shown = self.posteriors(one, seen, box)
+        here = self.log_location if box is None else self.log_location[(slice(None), *box)]
+        shown = class_posteriors(one, seen, class_weights(here.to(scan.dtype), self.class_of_label))
         cells = self.cells(torch.cat([seen.to(shown.dtype), shown], 1), box)
         features = unpack(self.to_features(cells), scan.shape[2:])
         voxels = channels_last(torch.cat([features, shown[:, : shown.shape[1] // 2].to(features.dtype)], 1))

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -43,18 +42,17 @@ def learn_asleep(
     """The prior with q(s|x) for scans of any contrast, and the last terms of its training.
 
     Args:
-        model: a prior. label_maps: positions on its grid in voxels half as large, (n, *grid · 2).
+        model: a prior. label_maps: positions on its grid in voxels half as large, UNKNOWN where a map ends,
+            (n, *grid · 2).
         training: seed, device, precision. out: the model directory, for checkpoints.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(training["seed"], 0, "label network"))
         network = build_label_network(ANY_CONTRAST, model.shape_prior, model.table.class_of_label, 1)
     device = resolve_device(training["device"])
-    # a head's scan may come as a brain alone
-    scans = ScanSimulator(model.table, masked={"brain": 1.0, "head": 0.5, "crop": 0.0}[model.field_of_view])
-    left_right = int(np.abs(model.grid.affine[0, :3]).argmax())
+    anatomy = AnatomySimulator(label_maps, model.table, min(model.grid.spacing) / 2)
+    scans = ScanSimulator(model.table, model.field_of_view)
     location = network.location(model.shape_prior.log_location_prior).to(device)
-    anatomy = AnatomySimulator(label_maps, model.table, min(model.grid.spacing) / 2, left_right)
     task = SimulatedScanTask(lambda box, random: scans.draw(anatomy.draw(box, random), random), location)
     options = TrainingOptions(**training, steps=steps, learning_rate=ASLEEP_RATE, clip_norm=ASLEEP_CLIP_NORM)
     log = fit(
@@ -92,9 +90,10 @@ def learn_label_network(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(seed, 0, "label network"))
         network = build_label_network(NETWORK, model.shape_prior, model.table.class_of_label, scans.shape[1])
-    model = replace(  # what was learned asleep makes room
-        model, label_network=None, config={**model.config, "label_network": {"network": NETWORK, "options": {}}}
-    )
+    config = {**model.config, "label_network": {"network": NETWORK, "options": {}}}
+    # what was learned asleep makes room
+    config["training"] = {key: value for key, value in config["training"].items() if key != "label_guide"}
+    model = replace(model, label_network=None, config=config)
     options = TrainingOptions(
         **{**training, "learning_rate": recipe.label_rate}, steps=recipe.label_steps, clip_norm=CLIP_NORM
     )

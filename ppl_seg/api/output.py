@@ -59,7 +59,7 @@ def claim_model_directory(directory: str | Path, force: bool, resume: bool) -> N
         return
     if (folder / "config.json").exists():
         raise InputError(f"{folder}: holds a model already; give another --out, or --force to replace it")
-    if (folder / "checkpoint.json").exists():
+    if (folder / "checkpoint.json").exists() or any((folder / name).exists() for name in (ASLEEP, LABELS)):
         raise InputError(f"{folder}: holds an interrupted training; go on with --resume, or start again with --force")
     if not (folder / BEGUN).exists() and (foreign := [name for name in OURS if (folder / name).exists()]):
         raise InputError(

@@ -21,6 +21,7 @@ from ppl_seg.api.resources import available_memory, check_memory, prior_memory
 from ppl_seg.api.shapes import CLIP_NORM, LATENT_DIM, LEARNING_RATE, Lesson, learn_decoder, learn_warp
 from ppl_seg.api.trust import trust
 from ppl_seg.data.alignment import check_alignment
+from ppl_seg.data.augmentation import UNKNOWN
 from ppl_seg.data.cohort import Found, Selection, check_output_apart, find_label_maps
 from ppl_seg.data.fields import brain_labels, field_of_maps
 from ppl_seg.data.grids import Grid, alignment_matrix, common_grid, default_align, default_spacing
@@ -49,7 +50,7 @@ class LabelMaps:
     """Label maps on one grid.
 
     field_of_view: brain, head or crop. labels: (n, *grid) positions. observed: (n, 1, *grid). persons: who each belongs
-    to. fine: (n, X, Y, Z) positions in voxels half as large, where asked for.
+    to. fine: (n, X, Y, Z) positions in voxels half as large, UNKNOWN where a map ends, where asked for.
     """
 
     table: LabelTable
@@ -247,7 +248,8 @@ def load_label_maps(
         halves, shape = np.diag([0.5, 0.5, 0.5, 1.0]), [2 * n for n in grid.shape]
         halves[:3, 3] = -0.25  # two of them within each voxel
         both = zip(images, matrices, strict=True)
-        fine = torch.stack([labels_on_grid(i, table, mapping, m @ halves, shape)[0].to(kind) for i, m in both])
+        shown = (labels_on_grid(i, table, mapping, m @ halves, shape) for i, m in both)
+        fine = torch.stack([torch.where(inside[0], labels.to(torch.int16), UNKNOWN) for labels, inside in shown])
     persons = [parse_name(file.path).entities.get("sub", str(file.path)) for file in found]
     return LabelMaps(table, grid, chosen, view, positions, torch.stack([o for _, o in placed]), persons, fine)
 

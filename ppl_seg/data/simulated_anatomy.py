@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ppl_seg.data.augmentation import Deformation, random_positions
+from ppl_seg.data.augmentation import UNKNOWN, Deformation, random_positions
 from ppl_seg.data.labels import FLUID, LabelTable
 
 # Label maps lie where affine registration put them, and so will scans; people differ by more than these maps do.
@@ -15,45 +17,54 @@ DEFORMATION = Deformation(rotation=3.0, scale=0.04, shear=0.02, translation=2.0,
 GROWTHS, GROWTH, REACH = 12, (-0.1, 0.6), (6.0, 12.0)  # how many places; by what share; sd, mm
 LARGEST = 0.8  # share of all that are near: less than 1, so that nothing folds
 STRIDE = 4  # voxels between which the growth is interpolated
+TOLERANCE = 10.0  # mm between a label's mirror image and its namesake on the other side
+SMALLEST = 100.0  # mm³ of a label, for its place to count
+
+_OTHER = {"left": "right", "right": "left", "lh": "rh", "rh": "lh", "l": "r", "r": "l"}
+_SIDE = re.compile(r"left|right|(?<![a-z])(?:lh|rh|l|r)(?![a-z])")
 
 
 class AnatomySimulator:
     """Draws label maps from label maps.
 
+    Half of them are mirrored, sides swapped, where labels come in pairs that lie like mirror images.
+
     Args:
-        label_maps: positions, (n, X, Y, Z). table: their labels. spacing: mm.
-        left_right: the axis from side to side.
+        label_maps: positions, (n, X, Y, Z), UNKNOWN where a map shows nothing. table: their labels. spacing: mm.
     """
 
-    def __init__(self, label_maps: Tensor, table: LabelTable, spacing: float, left_right: int = 0) -> None:
-        self.label_maps, self.voxel, self.left_right = label_maps, spacing, left_right
+    def __init__(self, label_maps: Tensor, table: LabelTable, spacing: float) -> None:
+        self.label_maps, self.voxel = label_maps, spacing
         self.deformation = DEFORMATION.in_voxels(spacing)
         self.other_side = other_side(table)
+        self.mirror = mirror_plane(label_maps, self.other_side, spacing)
         fluid = torch.tensor([kind.lower() == FLUID for kind in table.class_names])
         around = torch.tensor([label in table.outer_fluid for label in range(len(table))])
         self.fluid_spaces = fluid[torch.tensor(table.class_of_label)] & ~around
 
     def draw(self, box: tuple[slice, ...], generator: torch.Generator) -> Tensor:
-        """The box of one map, chosen, mirrored or not, and deformed: long."""
+        """The box of one map, chosen, mirrored or not, and deformed: long, UNKNOWN where it shows nothing."""
         label_map = self.label_maps[int(torch.randint(len(self.label_maps), (), generator=generator))]
         size = torch.tensor(label_map.shape)
         places = random_positions(1, label_map.shape, generator, self.deformation, box)[0]
-        mirrored = bool(torch.rand((), generator=generator) < 0.5)
-        if mirrored:
-            places[:, self.left_right] = size[self.left_right] - 1 - places[:, self.left_right]
+        mirrored = bool(torch.rand((), generator=generator) < 0.5) and self.mirror is not None
+        if mirrored and self.mirror is not None:
+            normal, offset = self.mirror
+            places = places - 2 * (places @ normal - offset).unsqueeze(1) * normal
         shape = [len(range(side.start, side.stop)) for side in box]
         places = self._grown(places.view(*shape, 3), label_map, generator).view(-1, 3)
         nearest = places.round().long()
         inside = ((nearest >= 0) & (nearest < size)).all(1)
         x, y, z = torch.minimum(nearest.clamp(min=0), size - 1).unbind(1)
-        labels = torch.where(inside, label_map[x, y, z].long(), 0)
+        labels = torch.where(inside, label_map[x, y, z].long(), UNKNOWN)
         if mirrored:
-            labels = self.other_side[labels]
+            labels = torch.where(labels == UNKNOWN, UNKNOWN, self.other_side[labels])
         return labels.view(shape)
 
     def _grown(self, places: Tensor, label_map: Tensor, generator: torch.Generator) -> Tensor:
         """Where to look, (X, Y, Z, 3), when the fluid spaces have grown at a few places, or shrunk."""
-        candidates = self.fluid_spaces[label_map[::2, ::2, ::2].long()].nonzero()
+        coarse_map = label_map[::2, ::2, ::2].long()
+        candidates = (self.fluid_spaces[coarse_map] & (coarse_map != UNKNOWN)).nonzero()
         if not len(candidates):
             return places
         centres = 2.0 * candidates[torch.randint(len(candidates), (GROWTHS,), generator=generator)]
@@ -74,5 +85,42 @@ class AnatomySimulator:
 def other_side(table: LabelTable) -> Tensor:
     """(M,) the position of each label's mirror image: its namesake on the other side, or itself."""
     names = [name.lower() for name in table.names]
-    swapped = [name.replace("left", "\0").replace("right", "left").replace("\0", "right") for name in names]
+    swapped = [_SIDE.sub(lambda side: _OTHER[side[0]], name) for name in names]
     return torch.tensor([names.index(other) if other in names else i for i, other in enumerate(swapped)])
+
+
+def mirror_plane(label_maps: Tensor, other: Tensor, spacing: float) -> tuple[Tensor, float] | None:
+    """Unit normal (3,) and offset of the plane between the sides, voxels: x · normal = offset.
+
+    None where no labels come in pairs, or one's mirror image lies elsewhere than its namesake on the other side, as
+    where maps show a single side.
+
+    Args:
+        label_maps: positions, (n, X, Y, Z). other: see `other_side`. spacing: mm.
+    """
+    counts, centres = centroids(label_maps, len(other))
+    there = (counts * spacing**3 > SMALLEST * len(label_maps)).index_fill(0, torch.tensor(0), False)
+    paired = there & there[other] & (other > torch.arange(len(other)))
+    if not bool(paired.any()):
+        return None
+    apart, weight = (centres[other] - centres)[paired], counts[paired]
+    # which side comes first in the table is not said
+    apart = apart * (apart @ apart[weight.argmax()]).sign().unsqueeze(1)
+    normal = functional.normalize(weight @ functional.normalize(apart, dim=1), dim=0)
+    offset = float(weight @ (0.5 * (centres + centres[other])[paired] @ normal) / weight.sum())
+    image = centres - 2 * (centres @ normal - offset).unsqueeze(1) * normal
+    astray = (image - centres[other]).norm(dim=1) * spacing > TOLERANCE
+    return None if bool((astray & there).any()) else (normal, offset)
+
+
+def centroids(label_maps: Tensor, num_labels: int) -> tuple[Tensor, Tensor]:
+    """Voxels of each label in all maps, (M,), and its centroid, voxels, (M, 3)."""
+    axes = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in label_maps.shape[1:]), indexing="ij")
+    totals = torch.zeros(4, num_labels)
+    for one in label_maps:
+        known = one != UNKNOWN
+        labels = one[known].long()
+        totals[0] += torch.bincount(labels, minlength=num_labels)
+        for total, axis in zip(totals[1:], axes, strict=True):
+            total += torch.bincount(labels, axis[known], minlength=num_labels)
+    return totals[0], (totals[1:] / totals[0].clamp(min=1)).T

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ppl_seg.data.augmentation import UNKNOWN
 from ppl_seg.data.fields import brain_labels
 from ppl_seg.data.labels import FLUID, LabelTable
 from ppl_seg.data.simulated_anatomy import other_side
@@ -36,6 +37,8 @@ class Simulation:
         most_variation, most_grain: sd within a label, smooth over millimetres and from voxel to voxel.
         most_blur: sd, voxels of the label map. sliced: share of the scans in slices of up to `most_slice` such voxels.
         most_bias: sd of the field's logarithm. most_noise: sd, in the scan's voxels.
+        masked: share of the heads' scans that show the brain alone. cleared: of the others, those without the air.
+        cut: share of the scans that end within the grid, on one side of it.
         contrast, brightness, gamma: sd of what percentiles leave open.
     """
 
@@ -49,6 +52,9 @@ class Simulation:
     most_slice: int = 5
     most_bias: float = 0.25
     most_noise: float = 0.06
+    masked: float = 0.5
+    cleared: float = 0.3
+    cut: float = 0.1
     contrast: float = 0.1
     brightness: float = 0.07
     gamma: float = 0.2
@@ -58,30 +64,31 @@ class ScanSimulator:
     """Draws scans of label maps, at half the maps' resolution.
 
     Args:
-        table: the labels. masked: share of the scans that show the brain alone. simulation: how.
+        table: the labels. field_of_view: of the label maps: brain, head or crop. simulation: how.
     """
 
-    def __init__(self, table: LabelTable, masked: float, simulation: Simulation | None = None) -> None:
-        self.masked, self.how = masked, simulation or Simulation()
+    def __init__(self, table: LabelTable, field_of_view: str, simulation: Simulation | None = None) -> None:
+        self.field_of_view, self.how = field_of_view, simulation or Simulation()
         self.class_of_label = torch.tensor(table.class_of_label)
         self.kinds = [name.lower() for name in table.class_names]
         self.outside = torch.from_numpy(~brain_labels(table))
         self.pair = torch.minimum(other_side(table), torch.arange(len(table)))
 
     def draw(self, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """A normalised scan and where it is observed, (1, 1, *half), and the labels that it shows.
+        """A normalised scan and where it is observed, (1, 1, *half), and the labels that it shows, (X, Y, Z).
 
         Args:
-            labels: positions, (X, Y, Z), all of them even.
+            labels: positions, (X, Y, Z), all of them even; UNKNOWN where nothing is known, and the scan ends.
         """
         how, uniform = self.how, _uniform(generator)
-        alone = uniform() < self.masked
+        known, labels = labels != UNKNOWN, labels.clamp(min=0)
+        alone = self.field_of_view == "brain" or (self.field_of_view == "head" and uniform() < how.masked)
         if alone:
             labels = torch.where(self.outside[labels], 0, labels)
         classes, values = self.brightness(generator)
         grain = how.most_grain * torch.rand(len(values), generator=generator)
         scan = values[labels]
-        if alone:
+        if alone or self.field_of_view == "crop":
             scan = torch.where(labels == 0, self._around(classes, labels.shape, generator), scan)
         scan = scan + how.most_variation * uniform() * smooth_field(labels.shape, 6 + 20 * uniform(), generator)
         scan = scan + grain[labels] * torch.randn(labels.shape, generator=generator)
@@ -91,12 +98,17 @@ class ScanSimulator:
         scan = scan * (how.most_bias * uniform() * smooth_field(labels.shape, 30 + 30 * uniform(), generator)).exp()
         scan = functional.avg_pool3d(scan[None, None], 2)
         scan = scan + how.most_noise * uniform() * torch.randn(scan.shape, generator=generator)
-        brain = functional.avg_pool3d((~self.outside[labels]).to(scan)[None, None], 2)
+        observed = halved(known) > 0.5
+        if uniform() < how.cut:
+            observed = observed & cut_off(observed.shape[2:], generator)
+        region, brain = observed, halved(~self.outside[labels])
         if alone:  # a mask that closes sulci, and is narrow or wide
-            observed = blur(brain[0, 0], 0.5 + 1.5 * uniform())[None, None] > 0.2 + 0.35 * uniform()
-            return self._normalise(scan, observed, observed, generator), observed, labels
-        observed = torch.ones_like(brain, dtype=torch.bool)
-        return self._normalise(scan, observed, brain > 0.5, generator), observed, labels
+            observed = region = observed & (softened(brain, 0.5 + 1.5 * uniform()) > 0.2 + 0.35 * uniform())
+        elif self.field_of_view == "head":  # normalised by its brain; the air around it may have been cleared
+            region = observed & (brain > 0.5)
+            if uniform() < how.cleared:
+                observed = observed & (softened(halved(labels > 0), 0.5 + 1.5 * uniform()) > 0.2)
+        return self._normalise(scan, observed, region, generator), observed, labels
 
     def brightness(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """(N,) of each class, and (M,) of each label."""
@@ -112,7 +124,7 @@ class ScanSimulator:
         return classes, classes[self.class_of_label] + jitter
 
     def _around(self, classes: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        """What lies around a brain within its mask: fluid, and patches of something else."""
+        """What lies around a brain within its mask, or a crop's structures: fluid, and patches of something else."""
         uniform = _uniform(generator)
         fluid = classes[self.kinds.index(FLUID)] if FLUID in self.kinds else torch.rand((), generator=generator)
         share = 1.5 * uniform() - 0.2
@@ -161,10 +173,31 @@ def blur(volume: Tensor, sd: float) -> Tensor:
     return volume
 
 
+def halved(volume: Tensor) -> Tensor:
+    """(1, 1, *half): means of 2 x 2 x 2 voxels of (X, Y, Z)."""
+    return functional.avg_pool3d(volume.float()[None, None], 2)
+
+
+def softened(volume: Tensor, sd: float) -> Tensor:
+    """`blur` of (1, 1, X, Y, Z)."""
+    return blur(volume[0, 0], sd)[None, None]
+
+
+def cut_off(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """(X, Y, Z) bool: False beyond a plane, which leaves at least half of one axis."""
+    axis, end = (int(torch.randint(n, (), generator=generator)) for n in (3, 2))
+    n = shape[axis]
+    left = n - int(torch.randint(n // 2 + 1, (), generator=generator))
+    kept = torch.zeros(tuple(shape), dtype=torch.bool)
+    kept.narrow(axis, 0 if end else n - left, left).fill_(True)
+    return kept
+
+
 def in_slices(volume: Tensor, generator: torch.Generator, most: int) -> Tensor:
     """(X, Y, Z) as means over slices of 2 to `most` voxels along one axis, interpolated back; a rest stays."""
-    axis, thickness = (int(torch.randint(*limits, (), generator=generator)) for limits in ((0, 3), (2, most + 1)))
+    axis = int(torch.randint(3, (), generator=generator))
     along = volume.movedim(axis, -1)
+    thickness = int(torch.randint(2, min(most, along.shape[-1]) + 1, (), generator=generator))
     count = along.shape[-1] // thickness
     slices = along[..., : count * thickness].unflatten(-1, (count, thickness)).mean(-1)
     back = functional.interpolate(slices.reshape(-1, 1, count), count * thickness, mode="linear")

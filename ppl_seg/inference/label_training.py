@@ -76,7 +76,8 @@ def log_label_marginals(
     """log u of whole scans, (B, M, *grid)."""
     with torch.no_grad():
         # torch's 3-D convolution of a single small volume on a CPU takes longer than of two
-        copies = 2 if len(scan) == 1 and scan.dim() == 5 else len(scan)
+        alone = len(scan) == 1 and scan.dim() == 5 and scan.device.type == "cpu"
+        copies = 2 if alone and (scan.shape[1] == 1 or isinstance(network, LabelNetwork)) else len(scan)
         scores = network(*(x.expand(copies, *x.shape[1:]) for x in (scan, observed)))[: len(scan)]
         log_u: Tensor = (scores + network.location(log_location_prior)).float().log_softmax(1)
     return log_u

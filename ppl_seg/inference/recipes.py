@@ -198,6 +198,8 @@ def changed_recipe(recipe: Recipe, name: str | None = None, **changes: Any) -> R
     ):
         if value not in known:
             raise InputError(f"{option} {value}: unknown; choose one of {', '.join(sorted(known))}")
+    if not 0 <= changed.label_share <= 1:
+        raise InputError(f"label_share {changed.label_share:g}: expected a number from 0 to 1")
     if not changed.beta > 0:
         raise InputError(f"--likelihood-power {changed.beta:g}: expected a number above 0")
     return changed

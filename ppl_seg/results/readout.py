@@ -38,7 +38,7 @@ class Readout:
 
     labels: argmax of the marginals, positions. confidence: its marginal probability. entropy: of the marginals, nats.
     counts: (S, M) voxels of each label in each drawn segmentation. log_likelihood: (S,) of each draw, over the scan's
-    own observed voxels, Σ_j log Σ_m f p(x|m)^power u: log p(x | z) where power is 1 and there is no u; β not applied.
+    own observed voxels, Σ_j log of the sum that r is divided by: log p(x | z) where power is 1 and no u; β not applied.
     draws: (S, X, Y, Z) positions, uint8 or int16, or None. marginals: (M, X, Y, Z), averaged over draws of z, or None.
     """
 
@@ -83,7 +83,7 @@ def read_out(
         share: of the usual working memory; less takes longer.
         log_u: a label guide's, on the prior's grid, (M, *grid): r ∝ f p(x|m)^κ u where the scan is observed.
         power: κ, r ∝ f p(x|m)^κ.
-        pooled: w, for r ∝ (f p(x|m)^κ)^(1 − w) u^w in its place, a logarithmic opinion pool; not with `decoder`.
+        pooled: w, for r ∝ (f p(x|m)^κ)^(1 − w) u^w in its place, a logarithmic opinion pool.
     """
     own, total, count = tuple(scan.shape[1:]), scan[0].numel(), model.shape_prior.num_labels
     reader = _Reader(model, theta.detach(), scan, observed, matrix, name, log_u, power, pooled)
@@ -141,11 +141,9 @@ class _Reader:
         pooled: float | None,
     ) -> None:
         self.intensity, self.theta, self.name = model.intensity, theta, name
-        if pooled is not None and name == "decoder":
-            log_u = None
-        # exponents of what the program says, of the intensities, of the label guide
         share = 0.0 if log_u is None or pooled is None else pooled
-        self.own_power, self.power, self.guide_power = 1 - share, (1 - share) * power, share or 1.0
+        # exponents of f, of the intensities, of the label guide
+        self.own_power, self.power, self.guide_power = 1 - share, (1 - share) * power, 1.0 if pooled is None else share
         self.own = tuple(scan.shape[1:])
         self.grid = (*model.shape_prior.grid, 1)[:3]  # a 2-D grid is one slice
         self.log_location = model.shape_prior.log_location_prior.flatten(1)
@@ -195,7 +193,8 @@ class _Reader:
         corners, index = compact(index, self.log_location.shape[1])
         f = self._label_probs(scores, corners, wanted)  # (M, N, G), on the corners
         likelihood, peak = self._likelihood(voxels, corners, index, weight)
-        r = weighted_rows(f, index, weight * likelihood.unsqueeze(-1))  # f p(x | label), (M, V, G)
+        seen = self.observed[:, voxels].any(0)
+        r = self._tempered(f, index, weight, likelihood, seen)  # f p(x | label), (M, V, G)
         evidence = r.sum(0).clamp_(min=torch.finfo(r.dtype).tiny)
         r /= evidence
         sums += weighted_rows(f.sum(-1, keepdim=True), index, weight)[..., 0] if self.name == "decoder" else r.sum(-1)
@@ -205,7 +204,6 @@ class _Reader:
             draws[:, voxels] = drawn.T.to(draws.dtype)
         drawn += labels * torch.arange(group, device=drawn.device)
         counts = torch.bincount(drawn.flatten(), minlength=labels * group).view(group, labels)
-        seen = self.observed[:, voxels].any(0)
         log_likelihood = (evidence.log_() + peak.unsqueeze(-1))[seen].sum(0, dtype=torch.float64)
         return counts.cpu(), log_likelihood.cpu()
 
@@ -220,12 +218,22 @@ class _Reader:
             index, weight = linear_rows((places + 0.5) * ratio.to(places.device) - 0.5, coarse)  # as `enlarge`
             f = weighted_rows(scores.flatten(1, -2), index, weight.to(scores.dtype))
         f += self.log_location[:, corners, None]
-        if self.own_power != 1:
-            f *= self.own_power
         f -= f.amax(0)
         f.exp_()
         f /= f.sum(0)
         return f
+
+    def _tempered(self, f: Tensor, index: Tensor, weight: Tensor, likelihood: Tensor, seen: Tensor) -> Tensor:
+        """f^own_power · likelihood, where nothing is seen f, (M, V, G)."""
+        weights = weight * likelihood.unsqueeze(-1)
+        if self.own_power == 1:
+            return weighted_rows(f, index, weights)
+        # on the prior's grid, where voxels are fewer
+        tempered = f**self.own_power
+        r = weighted_rows(tempered / tempered.sum(0), index, weights)
+        if not bool(seen.all()):
+            r[:, ~seen] = weighted_rows(f, index[~seen], weight[~seen])
+        return r
 
     def _likelihood(self, voxels: Tensor, corners: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """p(x | label)^power, times u where there is one, of own voxels over its peak, (M, V); the peak's log, (V,)."""

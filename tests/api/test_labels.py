@@ -169,6 +169,7 @@ def test_a_fit_keeps_the_priors_network_or_replaces_it(
     assert kept.config["label_network"] == asleep[0].config["label_network"]
     replaced = fit_scans(study[1], prior=asleep[1], out=tmp_path / "replaced", steps=2, label_rounds=1)
     assert replaced.config["label_network"]["network"] == "u-net"
+    assert "label_guide" in kept.config["training"] and "label_guide" not in replaced.config["training"]
 
 
 def test_a_prior_killed_while_asleep_resumes_to_the_same_model(
@@ -184,6 +185,8 @@ def test_a_prior_killed_while_asleep_resumes_to_the_same_model(
         learn_prior(maps, out=tmp_path / "model", **options)
     assert (tmp_path / "model" / LABELS / "checkpoint.json").is_file()
     monkeypatch.undo()
+    with pytest.raises(InputError, match="interrupted training; go on with --resume"):
+        learn_prior(maps, out=tmp_path / "model", **options)
     model = learn_prior(maps, out=tmp_path / "model", resume=True, **options)
     assert model.hash == asleep[0].hash
     with pytest.raises(InputError, match="--label-steps"):

@@ -14,9 +14,10 @@ from ppl_seg.guides.class_posteriors import (
     FLOOR,
     ITERATIONS,
     PSEUDO,
-    ClassPosteriors,
     blurred,
     class_log_likelihood,
+    class_posteriors,
+    class_weights,
 )
 
 GRID = (12, 11, 10)
@@ -36,15 +37,20 @@ def scan_of(means: list[float], seed: int = 0) -> Tensor:
 
 
 def weights() -> Tensor:
+    """(N, *grid)."""
     p = location()
-    return torch.stack([p[0], p[1] + p[3], p[2]]).flatten(1)
+    return torch.stack([p[0], p[1] + p[3], p[2]])
+
+
+def test_weights_are_sums_over_labels() -> None:
+    torch.testing.assert_close(class_weights(location().log(), torch.tensor(CLASSES)), weights())
 
 
 def test_em_in_plain_loops() -> None:
     x = scan_of([0.1, 0.9, 0.5]).flatten()
     observed = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) > 0.3
-    found = class_log_likelihood(x, observed, weights())
-    w, seen, where = weights().numpy(), x.numpy(), np.flatnonzero(observed.numpy())
+    found = class_log_likelihood(x, observed, weights().flatten(1))
+    w, seen, where = weights().flatten(1).numpy(), x.numpy(), np.flatnonzero(observed.numpy())
     assert FEWEST < len(where) < ENOUGH
     r = {j: w[:, j] ** 2 / (w[:, j] ** 2).sum() for j in where}
     overall = np.mean(seen[where])
@@ -65,9 +71,8 @@ def test_em_in_plain_loops() -> None:
 
 
 def test_posteriors_are_the_same_in_the_opposite_contrast() -> None:
-    module = ClassPosteriors(location(), CLASSES)
     scan, observed = scan_of([0.1, 0.9, 0.5]), torch.ones(1, 1, *GRID, dtype=torch.bool)
-    there, opposite = module(scan, observed), module(1 - scan, observed)
+    there, opposite = (class_posteriors(x, observed, weights()) for x in (scan, 1 - scan))
     assert there.shape == (1, 6, *GRID)
     torch.testing.assert_close(opposite, there, rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(there.view(1, 2, 3, *GRID).sum(2), torch.ones(1, 2, *GRID, dtype=torch.float64))
@@ -75,24 +80,20 @@ def test_posteriors_are_the_same_in_the_opposite_contrast() -> None:
     assert right.double().mean() > 0.95
 
 
-def test_a_part_of_the_grid_and_what_is_unobserved() -> None:
-    module = ClassPosteriors(location(), CLASSES)
-    scan, box = scan_of([0.1, 0.9, 0.5]), (slice(2, 12), slice(0, 11), slice(1, 9))
-    observed = torch.ones(1, 1, *GRID, dtype=torch.bool)
+def test_what_is_unobserved_says_nothing() -> None:
+    scan, observed = scan_of([0.1, 0.9, 0.5]), torch.ones(1, 1, *GRID, dtype=torch.bool)
     observed[..., 4] = False
-    here = (slice(None), slice(None), *box)
-    part = module(scan[here], observed[here], box)
+    found = class_posteriors(scan, observed, weights())
     changed = torch.where(observed, scan, 5.0)
-    torch.testing.assert_close(part, module(changed[here], observed[here], box))
-    assert not part[..., 3].any() and bool(part[..., 2].sum(1).sub(2).abs().max() < 1e-9)
+    torch.testing.assert_close(found, class_posteriors(changed, observed, weights()))
+    assert not found[..., 4].any() and bool(found[..., 3].sum(1).sub(2).abs().max() < 1e-9)
 
 
 def test_a_scan_of_nothing_says_nothing() -> None:
-    module = ClassPosteriors(location(), CLASSES)
     scan = scan_of([0.1, 0.9, 0.5])
     observed = torch.zeros(1, 1, *GRID, dtype=torch.bool)
     observed[..., 0, 0] = True
-    found = module(scan, observed)
+    found = class_posteriors(scan, observed, weights())
     seen = observed[0, 0]
     torch.testing.assert_close(found[0, :3, seen], torch.full((3, int(seen.sum())), 1 / 3, dtype=torch.float64))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppl_seg.guides.label_network import LabelNetwork, pack, unpack
+from ppl_seg.guides.label_network import AnyContrastNetwork, LabelNetwork, pack, unpack
 
 GRIDS = [(12, 9), (8, 9, 7), (5, 6, 1)]
 LABELS = 4
@@ -66,3 +66,18 @@ def test_a_box_knows_where_on_the_grid_it_lies() -> None:
     scan, observed = scans(grid)
     inside = (slice(None), slice(None), *box)
     assert made(scan[inside], observed[inside], box).shape == (2, LABELS, 4, 5, 4)
+
+
+def test_what_scores_are_added_to_is_saved_with_them() -> None:
+    """A prior of heads becomes one of brains, with another location prior, when it is fitted to brains."""
+    grid, classes = (8, 9, 7), (0, 1, 2, 1)
+    head, brain = (
+        torch.randn(LABELS, *grid, generator=torch.Generator().manual_seed(i)).log_softmax(0) for i in (0, 1)
+    )
+    made = AnyContrastNetwork(head, classes, width=4, levels=2)
+    torch.nn.init.normal_(made.to_scores.weight)
+    loaded = AnyContrastNetwork(brain, classes, width=4, levels=2)
+    loaded.load_state_dict(made.state_dict())
+    scan, observed = torch.rand(1, 1, *grid), torch.ones(1, 1, *grid, dtype=torch.bool)
+    assert torch.equal(loaded(scan, observed), made(scan, observed)) and made(scan, observed).std() > 0
+    assert torch.equal(loaded.location(brain), made.location(head)) and loaded.location(brain).dtype == brain.dtype

@@ -34,7 +34,7 @@ def log_location() -> Tensor:
 
 
 def task(maps: Tensor, location: Tensor) -> SimulatedScanTask:
-    anatomy, scans = AnatomySimulator(maps, TABLE, 1.0), ScanSimulator(TABLE, masked=1.0)
+    anatomy, scans = AnatomySimulator(maps.to(torch.int16), TABLE, 1.0), ScanSimulator(TABLE, "brain")
     return SimulatedScanTask(lambda box, random: scans.draw(anatomy.draw(box, random), random), location)
 
 

@@ -249,11 +249,11 @@ def test_a_power_tempers_what_the_scan_says() -> None:
     torch.testing.assert_close(tempered[1] - tempered[0], 0.5 * (odds[1] - odds[0]), rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("pooled", [None, 0.3])
+@pytest.mark.parametrize("pooled", [None, 0.0, 0.3])
 def test_a_label_guide_is_multiplied_or_pooled(pooled: float | None) -> None:
     model, theta = program(SHAPE, False)
-    scan, _ = scan_of(SHAPE)
-    observed = torch.ones_like(scan, dtype=torch.bool)
+    scan, observed = scan_of(SHAPE)
+    assert not observed.all()
     generator = torch.Generator().manual_seed(2)
     z = torch.randn(3, 2, generator=generator, dtype=torch.float64)
     labels = model.shape_prior.num_labels
@@ -267,14 +267,17 @@ def test_a_label_guide_is_multiplied_or_pooled(pooled: float | None) -> None:
     expected = []
     for draw in z.split(1):
         log_r = marginals(draw).log()
-        expected.append((log_r + log_u if pooled is None else (1 - pooled) * log_r + pooled * log_u).softmax(0))
+        said = (log_r + log_u if pooled is None else (1 - pooled) * log_r + pooled * log_u).softmax(0)
+        expected.append(torch.where(observed, said, log_r.exp()))
     together = marginals(z, log_u=log_u, pooled=pooled)
     torch.testing.assert_close(together, torch.stack(expected).mean(0), rtol=1e-7, atol=1e-9)
     if pooled is not None:  # where both say the same, so does the pool
         torch.testing.assert_close(marginals(z[:1], log_u=marginals(z[:1]).log(), pooled=pooled), marginals(z[:1]))
+    if pooled == 0:
+        torch.testing.assert_close(together, marginals(z))
 
 
-def test_the_decoders_readout_has_no_pool() -> None:
+def test_the_decoders_marginals_have_no_pool() -> None:
     model, theta = program(SHAPE, False)
     scan, observed = scan_of(SHAPE)
     z = torch.tensor([[0.3, -0.2]], dtype=torch.float64)

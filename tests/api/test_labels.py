@@ -16,7 +16,9 @@ import ppl_seg.api.labels as labels_api
 import ppl_seg.api.prior as prior_api
 from ppl_seg.api import Model, fit_scans, learn_prior, load_model
 from ppl_seg.api.output import LABELS
+from ppl_seg.data.loading import load_scan
 from ppl_seg.errors import InputError
+from ppl_seg.inference.label_training import log_label_marginals
 
 STEPS = 4
 
@@ -154,6 +156,25 @@ def test_a_prior_keeps_its_network_and_segments_with_it(
         assert np.array_equal(
             segmented(model, study[1][0], recipe=recipe)[1], segmented(plain, study[1][0], recipe=recipe)[1]
         )
+
+
+def test_its_share_goes_from_the_program_to_the_network(
+    asleep: tuple[Model, Path], study: tuple[Path, list[Path]]
+) -> None:
+    model, scan = asleep[0], study[1][0]
+
+    def with_share(share: float, **options: Any) -> np.ndarray:
+        return segmented(replace(model, recipe=replace(model.recipe, label_share=share)), scan, **options)[1]
+
+    r, u = with_share(0.0), with_share(1.0)
+    np.testing.assert_allclose(r, segmented(load_model(study[0]), scan)[1], atol=1e-6)
+    own = load_scan([scan])
+    _, on_grid, observed, alignment = model.place(own)
+    assert np.allclose(alignment.matrix, np.eye(4)) and model.label_network is not None
+    said = log_label_marginals(model.label_network, model.shape_prior.log_location_prior, on_grid, observed)[0].exp()
+    np.testing.assert_allclose(u, said.numpy(), atol=1e-5)
+    pooled = r**0.7 * u**0.3
+    assert np.abs(with_share(0.3) - pooled / pooled.sum(0)).max() < 0.05  # r is the mean of four draws here, not each
 
 
 def test_its_network_serves_any_number_of_channels(asleep: tuple[Model, Path], study: tuple[Path, list[Path]]) -> None:

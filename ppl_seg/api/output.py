@@ -19,7 +19,8 @@ LOGGER = logging.getLogger("ppl_seg")
 ASLEEP = "asleep"  # folder of the checkpoint of a fit's first training
 LABELS = "labels"  # and of its last, with a folder for each round
 BEGUN = "begun.json"  # what the training in progress is of
-OURS = ("config.json", "weights.safetensors", "training.csv", "report.json")  # names that a model's files have
+# names that a model's files and folders have
+OURS = ("config.json", "weights.safetensors", "training.csv", "report.json", ASLEEP, LABELS)
 
 
 def say(messages: Sequence[str]) -> None:
@@ -59,9 +60,10 @@ def claim_model_directory(directory: str | Path, force: bool, resume: bool) -> N
         return
     if (folder / "config.json").exists():
         raise InputError(f"{folder}: holds a model already; give another --out, or --force to replace it")
-    if (folder / "checkpoint.json").exists() or any((folder / name).exists() for name in (ASLEEP, LABELS)):
+    begun = (folder / BEGUN).exists()
+    if (folder / "checkpoint.json").exists() or (begun and any((folder / name).exists() for name in (ASLEEP, LABELS))):
         raise InputError(f"{folder}: holds an interrupted training; go on with --resume, or start again with --force")
-    if not (folder / BEGUN).exists() and (foreign := [name for name in OURS if (folder / name).exists()]):
+    if not begun and (foreign := [name for name in OURS if (folder / name).exists()]):
         raise InputError(
             f"{folder}: holds {', '.join(foreign)} of something else, which a model's would replace; give another "
             "--out, or --force to replace it"

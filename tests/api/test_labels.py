@@ -220,3 +220,12 @@ def test_flat_label_maps_teach_no_network(tmp_path: Path) -> None:
     maps = [write(tmp_path / f"sub-{n}_dseg.nii.gz", flat) for n in range(3)]
     with pytest.raises(InputError, match="--label-steps learns from volumes"):
         learn_prior(maps, out=tmp_path / "model", latent_dim=2, steps=2, label_steps=1)
+
+
+def test_a_folder_of_the_users_own_labels_is_left_alone(study: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    own = tmp_path / LABELS / "mine_dseg.nii.gz"
+    own.parent.mkdir()
+    own.write_bytes(b"precious")
+    with pytest.raises(InputError, match="holds labels of something else"):
+        learn_prior(sorted(study[0].parent.glob("*_dseg.nii.gz")), out=tmp_path, latent_dim=3, steps=2)
+    assert own.read_bytes() == b"precious"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ppl_seg.data.alignment import failed
 from ppl_seg.data.images import Image, same_grid
 from ppl_seg.data.registration import Level, Volume, centroid, coarse, register
 from ppl_seg.data.resampling import resample
@@ -17,6 +16,8 @@ _SPACING = 3.0  # mm of the channel that is registered
 _LEVELS = (Level(6.0, 10_000, 60), Level(_SPACING, 30_000, 60))
 _STEPS = 8  # of intensity in the first channel, where the two starts are compared
 LEAST_SHARE = 0.3  # of the first channel's observed voxels that the other observes too
+_AWAY = 10.0  # mm
+LEAST_GAIN = 1.2  # mutual information over the most of six places that far away: 1.37 and more where right, else 1.1
 
 
 def check_channel_alignment(kind: str) -> None:
@@ -38,7 +39,7 @@ def align_channel(
         seen_first, seen: observed voxels, bool, each on its own grid.
 
     Raises:
-        InputError: the two hardly overlap where registration, or the headers, put them.
+        InputError: the two hardly overlap where registration, or the headers, put them; elsewhere they fit as well.
     """
     data = np.where(seen, other.data, 0).astype(np.float32)
     if same_grid(first, other):
@@ -52,7 +53,7 @@ def align_channel(
     there = weight > 0.5
     share = (there & seen_first).sum() / seen_first.sum()
     if share < LEAST_SHARE:
-        raise failed(other, f"it covers {share:.0%} of {first.path}; check that the channels are of one visit")
+        raise _failed(first, other, f"it covers {share:.0%} of it")
     return np.where(there, values / np.maximum(weight, 0.5), 0).astype(np.float32), there
 
 
@@ -73,8 +74,29 @@ def _registered(first: Image, seen_first: np.ndarray, other: Image, seen: np.nda
         for level in _LEVELS:
             world = register(fixed, moving, world, "mutual-information", level, region)
     except RuntimeError as error:  # SimpleITK: all points left the image
-        raise failed(other, f"it does not overlap with {first.path}") from error
+        raise _failed(first, other, "it does not overlap with it") from error
+    away = max(information(world @ move) for move in _moves())
+    gain = information(world) / max(away, np.finfo(np.float64).tiny)
+    if gain < LEAST_GAIN:
+        raise _failed(first, other, f"it fits {gain:.2f} times as well as {_AWAY:.0f} mm away")
     return world
+
+
+def _moves() -> list[np.ndarray]:
+    """World matrices of the six shifts along the axes."""
+    moves = []
+    for shift in np.concatenate([np.eye(3), -np.eye(3)]):
+        moves.append(np.eye(4))
+        moves[-1][:3, 3] = _AWAY * shift
+    return moves
+
+
+def _failed(first: Image, other: Image, why: str) -> InputError:
+    """The error of a registration that went wrong."""
+    return InputError(
+        f"{other.path}: cannot be brought to {first.path}: {why}; check that both are of one visit, and the "
+        "orientation in the headers, or bring it there yourself and give --channel-align none"
+    )
 
 
 def _scaled(image: Image, seen: np.ndarray) -> np.ndarray:

@@ -105,9 +105,14 @@ def test_channels_on_other_grids():
     assert error < 0.6 * before
     same, _ = align_channel(first, seen, replace(first, data=first.data + 1), seen, "rigid")
     np.testing.assert_array_equal(same, first.data + 1)
-    with pytest.raises(InputError, match="one visit|no overlap"):
-        align_channel(
-            first, seen, replace(other, affine=moved(other.affine, (0, 0, 0), (400, 0, 0))[0]), seen_other, "none"
-        )
+    far = replace(other, affine=moved(other.affine, (0, 0, 0), (400, 0, 0))[0])
+    with pytest.raises(InputError, match=r"it covers 0% of it; .*of one visit"):
+        align_channel(first, seen, far, seen_other, "none")
+    np.random.default_rng(0).shuffle(noise := other.data.ravel().copy())
+    with pytest.raises(InputError, match=r"cannot be brought to .*--channel-align none"):
+        align_channel(first, seen, replace(other, data=noise.reshape(other.shape)), seen_other, "rigid")
+    over = replace(other, affine=moved(other.affine, (180, 0, 0), (0, 0, 0))[0])  # upside down
+    with pytest.raises(InputError, match="times as well as 10 mm away"):
+        align_channel(first, seen, over, seen_other, "rigid")
     with pytest.raises(InputError, match="--channel-align affine"):
         check_channel_alignment("affine")

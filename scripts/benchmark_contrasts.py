@@ -133,13 +133,24 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=200, help="of `segment`")
     parser.add_argument("--spacing", type=float, default=2.0, help="of the prior's grid, mm")
     parser.add_argument("--prior-steps", type=int, help="for a quick try: steps of `prior`")
+    asleep = "of `prior`: the label guide is learned asleep, in bf16; 0: there is none (default)"
+    parser.add_argument("--label-steps", type=int, default=0, help=asleep)
     arguments = parser.parse_args()
     contrasts, recipes = tuple(arguments.contrasts.split(",")), tuple(arguments.recipes.split(","))
     for chosen, known in ((contrasts, CHOICE), (recipes, tuple(RECIPES))):
         if unknown := set(chosen) - set(known):
             parser.error(f"unknown {', '.join(sorted(unknown))}; choose among {', '.join(known)}")
     data, out = arguments.data.resolve(), arguments.out.resolve()
-    options = Options(data, out, arguments.draws, recipes, contrasts, arguments.spacing, arguments.prior_steps)
+    options = Options(
+        data,
+        out,
+        arguments.draws,
+        recipes,
+        contrasts,
+        arguments.spacing,
+        arguments.prior_steps,
+        arguments.label_steps,
+    )
     try:
         page = run_heads(options) if arguments.set == "heads" else run_brains(options)
     except InputError as error:

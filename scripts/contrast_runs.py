@@ -22,7 +22,7 @@ Structures = dict[str, tuple[int, ...]]  # name -> label values
 class Options:
     """data: holds head_labels, oasis, openms. out: of all results. draws, recipes: of `segment`.
 
-    contrasts: of the simulated heads. spacing, prior_steps: of `prior`, mm and steps (None: the default).
+    contrasts: of the simulated heads. spacing, prior_steps, label_steps: of `prior`, mm and steps (None: the default).
     """
 
     data: Path
@@ -32,6 +32,7 @@ class Options:
     contrasts: tuple[str, ...]
     spacing: float
     prior_steps: int | None
+    label_steps: int
 
     @property
     def maps(self) -> Path:
@@ -47,6 +48,8 @@ class Options:
             value_map=self.maps / "map.tsv" if mapped else None,
             spacing=self.spacing,
             steps=self.prior_steps,
+            label_steps=self.label_steps,
+            precision="bf16" if self.label_steps else "32",
             resume=True,
         )
 

@@ -49,7 +49,7 @@ with torch.no_grad():
     z = guide.posterior(scan, observed).sample((args.draws,))  # (S, 1, D)
 theta = start_theta(model, scan, observed, recipe, saved["maps"])
 theta = expectation_maximisation(model, scan, observed, theta, z[:8], 8, factor)
-result = read_out(model, z[:, 0], theta, normalised, own.observed, matrix, keep_draws=True)
+result = read_out(model, z[:, 0], theta, normalised, own.observed, matrix, keep_draws=True, spacing=grid.spacing)
 
 write_image(f"{args.out}_dseg.nii.gz", table.from_positions(np.asarray(result.labels)), like=own.image)
 write_image(f"{args.out}_draws.nii.gz", table.from_positions(np.asarray(result.draws)), like=own.image)

@@ -113,7 +113,7 @@ def test_page_of_simulated_heads(scripts: ModuleType) -> None:
 
 @pytest.mark.slow
 def test_simulated_heads_are_scored_in_their_own_voxels(data: Path, tmp_path: Path) -> None:
-    words = ("--set", "heads", "--contrasts", "t1,flairthick", "--recipes", "location-em")
+    words = ("--set", "heads", "--contrasts", "t1,flairthick", "--recipes", "location-em", "--label-steps", "1")
     page = run(data, tmp_path, *words)
     rows = rows_of(tmp_path / "dice.tsv")
     assert {(row["contrast"], row["subject"]) for row in rows} == {("t1", "4"), ("flairthick", "4")}

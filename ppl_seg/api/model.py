@@ -113,6 +113,7 @@ class Model(LearnedModel):
                 found.log_u,
                 chosen.power_at(own.image.voxel_volume),
                 chosen.label_share if fitting.learned_asleep else None,
+                fitting.grid.spacing,
             )
         positions = result.labels.cpu().numpy()
         quality = label_quality(positions, result.confidence.cpu().numpy(), len(self.table))

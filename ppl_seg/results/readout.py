@@ -6,7 +6,7 @@ on the draw. Nothing of size draws × labels × voxels is ever there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from ppl_seg.data.resampling import blur_kernels, whole_voxels, within
-from ppl_seg.models.draws import draw_categories
 from ppl_seg.models.intensity import IntensityParameters
 from ppl_seg.models.segmentation import SegmentationModel
 from ppl_seg.models.shape_prior import LabelPrior
 from ppl_seg.results.blocks import BLOCK, blocks, compact, linear_rows, positions, ravel, unravel, weighted_rows
+from ppl_seg.results.label_noise import LabelNoise
 
 ReadoutName = Literal["marginals", "decoder"]
 Run = Callable[..., Iterator[Any]]  # `map`, or that of a pool of threads
@@ -66,6 +66,7 @@ def read_out(
     log_u: Tensor | None = None,
     power: float = 1.0,
     pooled: float | None = None,
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
 ) -> Readout:
     """Read S draws of z out.
 
@@ -84,9 +85,11 @@ def read_out(
         log_u: a label guide's, on the prior's grid, (M, *grid): r ∝ f p(x|m)^κ u where the scan is observed.
         power: κ, r ∝ f p(x|m)^κ.
         pooled: w, for r ∝ (f p(x|m)^κ)^(1 − w) u^w in its place, a logarithmic opinion pool.
+        spacing: mm of the prior's grid, for the noise of the drawn labels, see `LabelNoise`.
     """
     own, total, count = tuple(scan.shape[1:]), scan[0].numel(), model.shape_prior.num_labels
     reader = _Reader(model, theta.detach(), scan, observed, matrix, name, log_u, power, pooled)
+    noise = LabelNoise.draw(count, len(z), spacing)
     all_blocks = reader.blocks(torch.ones_like(observed[0]) if region is None else region)
     labels = torch.zeros(total, dtype=torch.int64, device=scan.device)
     confidence, entropy = scan.new_ones(total), scan.new_zeros(total)
@@ -103,8 +106,8 @@ def read_out(
             wanted = reader.touched(slab)
             for first, scores in _decoded(model.shape_prior, z, wanted, share, run):
                 some = slice(first, first + scores.shape[-1])
-                read = partial(reader.read, scores, wanted, None if draws is None else draws[some])
-                for drawn, evidence in run(read, slab, sums, torch.randint(2**62, (len(slab),)).tolist()):
+                read = partial(reader.read, scores, wanted, noise.some(some), None if draws is None else draws[some])
+                for drawn, evidence in run(read, slab, sums):
                     counts[some] += drawn
                     log_likelihood[some] += evidence
             for voxels, of_block in zip(slab, sums, strict=True):
@@ -176,19 +179,20 @@ class _Reader:
 
     @torch.no_grad()
     def read(
-        self, scores: Tensor, wanted: Tensor, draws: Tensor | None, voxels: Tensor, sums: Tensor, seed: int
+        self, scores: Tensor, wanted: Tensor, noise: LabelNoise, draws: Tensor | None, voxels: Tensor, sums: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Read one block for a group of G draws.
 
         Args:
-            scores, wanted: as `_decoded` has them. draws: (G, J), to be filled, or None. voxels: flat indices (V,).
-            sums: (M, V), to which marginals are added. seed: of the drawn labels.
+            scores, wanted: as `_decoded` has them. noise: of the drawn labels. draws: (G, J), to be filled, or
+            None. voxels: flat indices (V,). sums: (M, V), to which marginals are added.
 
         Returns:
             counts, (G, M), of the drawn labels; log_likelihood of the block's observed voxels, (G,) float64.
         """
         labels, group = len(scores), scores.shape[-1]
-        index, weight = linear_rows(positions(voxels, self.own, self.to_grid), self.grid, self.kernels)
+        places = positions(voxels, self.own, self.to_grid)
+        index, weight = linear_rows(places, self.grid, self.kernels)
         weight = weight.to(sums.dtype)
         corners, index = compact(index, self.log_location.shape[1])
         f = self._label_probs(scores, corners, wanted)  # (M, N, G), on the corners
@@ -198,8 +202,7 @@ class _Reader:
         evidence = r.sum(0).clamp_(min=torch.finfo(r.dtype).tiny)
         r /= evidence
         sums += weighted_rows(f.sum(-1, keepdim=True), index, weight)[..., 0] if self.name == "decoder" else r.sum(-1)
-        generator = torch.Generator(voxels.device).manual_seed(seed)
-        drawn = draw_categories(r.flatten(1), generator).view(-1, group)
+        drawn = noise.winners(r, places.to(r.dtype))
         if draws is not None:
             draws[:, voxels] = drawn.T.to(draws.dtype)
         drawn += labels * torch.arange(group, device=drawn.device)

@@ -163,7 +163,7 @@ PLACES = {
 def test_against_the_whole_scan_at_once(
     place: tuple[np.ndarray, tuple[int, int, int]], small: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Marginals, label map, entropy, evidence; counts within 5 standard deviations of their expectation.
+    """Marginals, label map, entropy, evidence, counts of the drawn labels.
 
     In pieces: groups of draws, slabs of blocks and blocks of voxels much smaller than the scan.
     """
@@ -190,8 +190,6 @@ def test_against_the_whole_scan_at_once(
         torch.testing.assert_close(found.entropy, -torch.special.xlogy(expected, expected).sum(0))
         assert found.draws is not None and bool((found.draws[:, ~region] == 0).all())
         assert torch.equal(found.counts, torch.stack([d.flatten().long().bincount(minlength=5) for d in found.draws]))
-        mean, variance = r.flatten(1).sum(1), (r * (1 - r)).flatten(1).sum(1) / len(z)
-        assert bool(((found.counts.double().mean(0) - mean).abs() <= 5 * variance.sqrt() + 1e-9).all())
     assert bool(found.labels[region].any())
 
 

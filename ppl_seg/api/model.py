@@ -105,6 +105,7 @@ class Model(LearnedModel):
                 normalised.to(where),
                 own.observed.to(where),
                 alignment.matrix,
+                fitting.grid.spacing,
                 chosen.readout,
                 keep_draws,
                 keep_probabilities,
@@ -113,7 +114,6 @@ class Model(LearnedModel):
                 found.log_u,
                 chosen.power_at(own.image.voxel_volume),
                 chosen.label_share if fitting.learned_asleep else None,
-                fitting.grid.spacing,
             )
         positions = result.labels.cpu().numpy()
         quality = label_quality(positions, result.confidence.cpu().numpy(), len(self.table))

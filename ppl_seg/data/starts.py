@@ -48,6 +48,10 @@ class Probe:
         matrix = self.to_voxel @ world
         return np.asarray(self.points @ matrix[:3, :3].T + matrix[:3, 3])
 
+    def information_at(self, world: np.ndarray) -> float:
+        """`information` under a world matrix."""
+        return self.information(self.positions(world))
+
     def information(self, positions: np.ndarray) -> float:
         """Mutual information (nats) of classes and intensities, times the share of points in the field of view."""
         voxel = np.floor(positions + 0.5).astype(np.int64)

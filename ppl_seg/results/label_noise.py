@@ -1,9 +1,9 @@
-"""Noise that draws labels from marginals so that neighbouring voxels err together.
+"""Noise that draws labels from marginals so that voxels err together.
 
 Given z the program's labels are independent, and their sum over a structure hardly varies. But what the program leaves
-unexplained (a brightness that drifts, a border that is drawn differently) is alike over millimetres. So the draws are
-coupled: every label has its own noise field, smooth in space, and each voxel takes the label that wins a race,
-argmax r / E with E ~ Exp(1), the Gumbel-max trick. Each voxel's marginals are r still, exactly.
+unexplained (a brightness that drifts, a border that is drawn differently) is alike over centimetres. So the draws are
+coupled: classes and labels have noise fields, smooth in space, and each voxel takes the one that wins a race,
+argmax r / E with E ~ Exp(1), the Gumbel-max trick. Each voxel's marginals are r still.
 """
 
 from __future__ import annotations
@@ -15,41 +15,41 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FAR, NEAR = 25.0, 4.0  # mm, over which it is alike; see docs/measurements.md
+FAR, NEAR = 60.0, 4.0  # mm, over which it is alike; see docs/measurements.md
 NEAR_SHARE = 0.6  # turns of the far waves' phase that the near waves move it by
 
 
 @dataclass(frozen=True)
 class Waves:
-    """Plane waves of random direction and phase, one for each of M labels and S draws.
+    """Plane waves of random direction and phase, one for each of K labels or classes and S draws.
 
     Over normal wave vectors the correlation of two places falls with their distance like a Gaussian (Rahimi and
     Recht, Random features for large-scale kernel machines, NIPS 2007).
 
     Attributes:
-        vectors: (3, M, S), turns per voxel of the prior's grid. phases: (M, S), turns.
+        vectors: (K, 3, S), turns per voxel of the prior's grid. phases: (K, S), turns.
     """
 
     vectors: Tensor
     phases: Tensor
 
     @classmethod
-    def draw(cls, labels: int, draws: int, spacing: Sequence[float], correlation: float) -> Waves:
-        """spacing: mm of the prior's grid (3,). correlation: mm, sd of the Gaussian."""
-        vectors = torch.randn(3, labels, draws) / (2 * math.pi * correlation)
-        return cls(vectors * torch.tensor(spacing).view(3, 1, 1), torch.rand(labels, draws))
+    def draw(cls, kinds: int, draws: int, spacing: Sequence[float], correlation: float, like: Tensor) -> Waves:
+        """spacing: mm of the prior's grid (3,). correlation: mm, sd of the Gaussian. like: a tensor on its device."""
+        vectors = torch.randn(kinds, 3, draws) * torch.tensor(spacing).view(3, 1) / (2 * math.pi * correlation)
+        return cls(vectors.to(like), torch.rand(kinds, draws).to(like))
 
     def some(self, draws: slice) -> Waves:
         """Of some of the draws."""
         return Waves(self.vectors[..., draws], self.phases[:, draws])
 
-    def turns(self, places: Tensor, label: int) -> Tensor:
-        """Phase of a label's waves, (V, S), at places (V, 3) on the prior's grid, voxels."""
-        return torch.addmm(self.phases[label].to(places), places, self.vectors[:, label].to(places))
+    def turns(self, places: Tensor, kind: int) -> Tensor:
+        """Phase of a kind's waves, (V, S), at places (V, 3) on the prior's grid, voxels."""
+        return torch.addmm(self.phases[kind], places, self.vectors[kind])
 
 
 @dataclass(frozen=True)
-class LabelNoise:
+class Noise:
     """E = −log of a triangle wave. Its phase is uniform at every place, so that the wave is, and E ~ Exp(1).
 
     Errors of a whole structure and of a stretch of its border: far waves, whose phase near waves move.
@@ -59,28 +59,70 @@ class LabelNoise:
     near: Waves
 
     @classmethod
-    def draw(cls, labels: int, draws: int, spacing: Sequence[float]) -> LabelNoise:
-        """For M labels and S draws. spacing: mm of the prior's grid (3,)."""
-        return cls(Waves.draw(labels, draws, spacing, FAR), Waves.draw(labels, draws, spacing, NEAR))
+    def draw(cls, kinds: int, draws: int, spacing: Sequence[float], like: Tensor) -> Noise:
+        """For K labels or classes and S draws. spacing: mm of the prior's grid (3,). like: a tensor on its device."""
+        return cls(*(Waves.draw(kinds, draws, spacing, correlation, like) for correlation in (FAR, NEAR)))
 
-    def some(self, draws: slice) -> LabelNoise:
+    def some(self, draws: slice) -> Noise:
         """Of some of the draws."""
-        return LabelNoise(self.far.some(draws), self.near.some(draws))
+        return Noise(self.far.some(draws), self.near.some(draws))
 
-    def at(self, places: Tensor, label: int) -> Tensor:
-        """E of a label, (V, S), at places (V, 3) on the prior's grid, voxels."""
-        turns = self.far.turns(places, label).add_(_triangle(self.near.turns(places, label)), alpha=NEAR_SHARE)
+    def at(self, places: Tensor, kind: int) -> Tensor:
+        """E of a label or class, (V, S), at places (V, 3) on the prior's grid, voxels."""
+        turns = self.far.turns(places, kind).add_(_triangle(self.near.turns(places, kind)), alpha=NEAR_SHARE)
         smallest = torch.finfo(turns.dtype).tiny
         return _triangle(turns).clamp_(min=smallest).log_().neg_().clamp_(min=smallest)
 
+
+@dataclass(frozen=True)
+class LabelNoise:
+    """A race among the intensity classes, and among the labels of the one that wins.
+
+    Labels of one class, left and right among them, are found too large or too small together.
+
+    Attributes:
+        members: the labels of each class. of_classes, of_labels: their noise.
+    """
+
+    members: tuple[tuple[int, ...], ...]
+    of_classes: Noise
+    of_labels: Noise
+
+    @classmethod
+    def draw(cls, class_of_label: Sequence[int], draws: int, spacing: Sequence[float], like: Tensor) -> LabelNoise:
+        """For S draws. class_of_label: (M,). spacing: mm of the prior's grid (3,). like: a tensor on its device."""
+        members = tuple(
+            tuple(m for m, other in enumerate(class_of_label) if other == n) for n in sorted(set(class_of_label))
+        )
+        noises = (Noise.draw(kinds, draws, spacing, like) for kinds in (len(members), len(class_of_label)))
+        return cls(members, *noises)
+
+    def some(self, draws: slice) -> LabelNoise:
+        """Of some of the draws."""
+        return LabelNoise(self.members, self.of_classes.some(draws), self.of_labels.some(draws))
+
     def winners(self, r: Tensor, places: Tensor) -> Tensor:
-        """The drawn labels, (V, S) int64, of marginals r (M, V, S)."""
+        """The drawn labels, (V, S) int64, of marginals r (M, V, S), at places (V, 3) on the prior's grid, voxels."""
         best, drawn = r.new_zeros(r.shape[1:]), torch.zeros(r.shape[1:], dtype=torch.int64, device=r.device)
-        for label, share in enumerate(r):  # one after another: a label's numbers stay in cache
-            score = share / self.at(places, label)
-            drawn.masked_fill_(score > best, label)
+        for number, labels in enumerate(self.members):  # one after another: a class' numbers stay in cache
+            total, label = self._within(r, labels, places)
+            score = total / self.of_classes.at(places, number)
+            drawn = torch.where(score > best, label, drawn)
             torch.maximum(best, score, out=best)
         return drawn
+
+    def _within(self, r: Tensor, labels: Sequence[int], places: Tensor) -> tuple[Tensor, Tensor]:
+        """r of some labels together, (V, S), and which of them it is, (V, S), or () where it is the only one."""
+        if len(labels) == 1:
+            return r[labels[0]], torch.tensor(labels[0], device=r.device)
+        total, best = torch.zeros_like(r[0]), torch.zeros_like(r[0])
+        drawn = torch.full(total.shape, labels[0], device=r.device)
+        for label in labels:
+            total += r[label]
+            score = r[label] / self.of_labels.at(places, label)
+            drawn.masked_fill_(score > best, label)
+            torch.maximum(best, score, out=best)
+        return total, drawn
 
 
 def _triangle(turns: Tensor) -> Tensor:

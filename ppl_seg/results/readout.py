@@ -58,6 +58,7 @@ def read_out(
     scan: Tensor,
     observed: Tensor,
     matrix: np.ndarray,
+    spacing: Sequence[float],
     name: ReadoutName = "marginals",
     keep_draws: bool = False,
     keep_marginals: bool = False,
@@ -66,7 +67,6 @@ def read_out(
     log_u: Tensor | None = None,
     power: float = 1.0,
     pooled: float | None = None,
-    spacing: Sequence[float] = (1.0, 1.0, 1.0),
 ) -> Readout:
     """Read S draws of z out.
 
@@ -77,7 +77,7 @@ def read_out(
     Args:
         model: the program. z: (S, D). theta: of this scan, (1, ...), maps on the prior's grid.
         scan: normalised, (C, X, Y, Z). observed: bool, same shape; where nothing is, r = f.
-        matrix: (4, 4), voxel of the prior's grid → voxel of the scan.
+        matrix: (4, 4), voxel of the prior's grid → voxel of the scan. spacing: of the prior's grid, mm (3,).
         name: what marginals and label map come from: `marginals`, r; `decoder`, f. Drawn segmentations are from r.
         keep_draws, keep_marginals: keep every drawn segmentation, the label marginals.
         region: bool, (X, Y, Z), the mask: what may be something else than background; None for everything.
@@ -85,11 +85,10 @@ def read_out(
         log_u: a label guide's, on the prior's grid, (M, *grid): r ∝ f p(x|m)^κ u where the scan is observed.
         power: κ, r ∝ f p(x|m)^κ.
         pooled: w, for r ∝ (f p(x|m)^κ)^(1 − w) u^w in its place, a logarithmic opinion pool.
-        spacing: mm of the prior's grid, for the noise of the drawn labels, see `LabelNoise`.
     """
     own, total, count = tuple(scan.shape[1:]), scan[0].numel(), model.shape_prior.num_labels
     reader = _Reader(model, theta.detach(), scan, observed, matrix, name, log_u, power, pooled)
-    noise = LabelNoise.draw(count, len(z), spacing)
+    noise = LabelNoise.draw(model.intensity.class_of_label.tolist(), len(z), spacing, scan)
     all_blocks = reader.blocks(torch.ones_like(observed[0]) if region is None else region)
     labels = torch.zeros(total, dtype=torch.int64, device=scan.device)
     confidence, entropy = scan.new_ones(total), scan.new_zeros(total)

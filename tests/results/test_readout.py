@@ -19,6 +19,7 @@ from ppl_seg.results.readout import first_argmax, read_out
 from tests.reference.readout import read_out as slow_read_out
 
 SHAPE = (4, 3, 2)
+SPACING = (2.0, 2.0, 2.0)
 
 
 class Ramp(torch.nn.Module):
@@ -60,7 +61,7 @@ def test_marginals_against_loops(maps: bool) -> None:
     model, theta = program(SHAPE, maps)
     scan, observed = scan_of(SHAPE)
     z = torch.tensor([[0.3, 0.4], [-1.0, 0.2]], dtype=torch.float64)
-    found = read_out(model, z, theta, scan, observed, np.eye(4), keep_draws=True, keep_marginals=True)
+    found = read_out(model, z, theta, scan, observed, np.eye(4), SPACING, keep_draws=True, keep_marginals=True)
     f = model.shape_prior.log_label_probs(z).exp()
     expected = torch.zeros(3, *SHAPE, dtype=torch.float64)
     for place in np.ndindex(*SHAPE):
@@ -88,7 +89,9 @@ def test_outside_the_grid_is_background() -> None:
     scan, observed = scan_of(bigger)
     matrix = np.eye(4)
     matrix[0, 3] = 2  # the grid's first voxel is the scan's third
-    found = read_out(model, torch.zeros(1, 2, dtype=torch.float64), theta, scan, observed, matrix, keep_marginals=True)
+    found = read_out(
+        model, torch.zeros(1, 2, dtype=torch.float64), theta, scan, observed, matrix, SPACING, keep_marginals=True
+    )
     outside = torch.cat([found.marginals[:, :2], found.marginals[:, 6:]], 1)
     assert torch.equal(outside[0], torch.ones_like(outside[0]))
     assert not bool((found.marginals[1:, 2:6] == 0).any())
@@ -101,7 +104,7 @@ def test_one_slice_is_2d(name: str) -> None:
     scan, observed = scan_of((4, 3, 1))
     z = torch.tensor([[0.3, 0.4]], dtype=torch.float64)
     flat, thick = (
-        read_out(model, z, theta, scan, observed, np.eye(4), name, keep_marginals=True)  # type: ignore[arg-type]
+        read_out(model, z, theta, scan, observed, np.eye(4), SPACING, name, keep_marginals=True)  # type: ignore[arg-type]
         for model in (flat_model, thick_model)
     )
     assert torch.equal(flat.marginals, thick.marginals)  # type: ignore[arg-type]
@@ -113,7 +116,7 @@ def test_the_location_decoder_reads_out_the_location_prior() -> None:
     alone = SegmentationModel(ShapePrior(location, LocationDecoder(2, 3, SHAPE), 2), model.intensity)
     scan, observed = scan_of(SHAPE)
     z = torch.zeros(2, 2, dtype=torch.float64)
-    found = read_out(alone, z, theta, scan, observed, np.eye(4), "decoder", keep_marginals=True)
+    found = read_out(alone, z, theta, scan, observed, np.eye(4), SPACING, "decoder", keep_marginals=True)
     torch.testing.assert_close(found.marginals, location, rtol=1e-10, atol=1e-12)
 
 
@@ -181,7 +184,7 @@ def test_against_the_whole_scan_at_once(
     torch.manual_seed(1)
     r, f, evidence = slow_read_out(model, z, theta, scan, observed, matrix, region)
     for name, expected in (("marginals", r), ("decoder", f)):
-        arguments = (model, z, theta, scan, observed, matrix, name)
+        arguments = (model, z, theta, scan, observed, matrix, SPACING, name)
         found = read_out(*arguments, keep_draws=True, keep_marginals=True, region=region)  # type: ignore[arg-type]
         torch.testing.assert_close(found.marginals, expected, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(found.log_likelihood, evidence, rtol=1e-9, atol=1e-9)
@@ -203,7 +206,9 @@ def test_the_seed_decides_whatever_the_threads(monkeypatch: pytest.MonkeyPatch) 
         for count in (1, 2):
             torch.set_num_threads(count)
             torch.manual_seed(0)
-            found = read_out(model, z, theta, scan, torch.ones_like(scan, dtype=torch.bool), matrix, keep_draws=True)
+            found = read_out(
+                model, z, theta, scan, torch.ones_like(scan, dtype=torch.bool), matrix, SPACING, keep_draws=True
+            )
             assert torch.get_num_threads() == count
             drawn.append(found)
     finally:
@@ -224,7 +229,7 @@ def test_a_warped_atlas_against_the_whole_grid_at_once() -> None:
     matrix[:3, 3] = 0.4, -0.3, 0.2
     scan, observed = scan_of((11, 9, 9))
     region = torch.rand(11, 9, 9, generator=generator) > 0.3
-    found = read_out(model, z, theta, scan, observed, matrix, keep_marginals=True, region=region)
+    found = read_out(model, z, theta, scan, observed, matrix, SPACING, keep_marginals=True, region=region)
     marginals, _, evidence = slow_read_out(model, z, theta, scan, observed, matrix, region)
     torch.testing.assert_close(found.marginals, marginals, rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(found.log_likelihood, evidence, rtol=1e-8, atol=1e-8)
@@ -236,7 +241,7 @@ def test_a_power_tempers_what_the_scan_says() -> None:
     z = torch.tensor([[0.3, -0.2]], dtype=torch.float64)
 
     def marginals(power: float) -> torch.Tensor:
-        found = read_out(model, z, theta, scan, observed, np.eye(4), keep_marginals=True, power=power)
+        found = read_out(model, z, theta, scan, observed, np.eye(4), SPACING, keep_marginals=True, power=power)
         assert found.marginals is not None
         return found.marginals
 
@@ -258,7 +263,9 @@ def test_a_label_guide_is_multiplied_or_pooled(pooled: float | None) -> None:
     log_u = torch.randn(labels, *SHAPE, generator=generator, dtype=torch.float64).log_softmax(0)
 
     def marginals(some: torch.Tensor, **options: Any) -> torch.Tensor:
-        found = read_out(model, some, theta, scan, observed, np.eye(4), keep_marginals=True, power=0.5, **options)
+        found = read_out(
+            model, some, theta, scan, observed, np.eye(4), SPACING, keep_marginals=True, power=0.5, **options
+        )
         assert found.marginals is not None
         return found.marginals
 
@@ -282,6 +289,6 @@ def test_the_decoders_marginals_have_no_pool() -> None:
     log_u = torch.zeros(model.shape_prior.num_labels, *SHAPE, dtype=torch.float64)
     f = model.shape_prior.log_label_probs(z[0]).exp()
     found = read_out(
-        model, z, theta, scan, observed, np.eye(4), "decoder", keep_marginals=True, log_u=log_u, pooled=0.3
+        model, z, theta, scan, observed, np.eye(4), SPACING, "decoder", keep_marginals=True, log_u=log_u, pooled=0.3
     )
     torch.testing.assert_close(found.marginals, f, rtol=1e-8, atol=1e-10)

@@ -13,7 +13,7 @@ from scipy.spatial.transform import Rotation
 from ppl_seg.data.grids import Grid, Placed, alignment_matrix
 from ppl_seg.data.images import Image
 from ppl_seg.data.information import ROUGH, Comparison, most_informative
-from ppl_seg.data.registration import Volume, centroid, coarse, padded, rigid_move
+from ppl_seg.data.registration import Volume, centroid, coarse, gain, padded, rigid_move
 from ppl_seg.data.resampling import inside, resample
 from ppl_seg.data.starts import Probe, best_starts
 from ppl_seg.errors import InputError
@@ -34,7 +34,6 @@ _RIM = 6.0  # mm around the brain that count too
 _PADDING = 30.0  # mm of nothing around a brain
 _AROUND = 0.25  # intensity of the darkest voxel of a brain, over that of what surrounds it
 _AWAY = 20.0  # mm
-_LEAST_INFORMATION = 0.02  # nats; less is chance
 FEWEST_VOXELS = 16  # along each axis, of what can be registered
 # A registration has failed where, after it (in brackets what was found for right inputs, and for noise and balls):
 LEAST_OVERLAP = 0.7  # Dice of a brain's mask with the prior's brain is less (right: from 0.91)
@@ -247,9 +246,9 @@ def _checked(pair: _Pair, kind: str, world: np.ndarray, image: Image, observed: 
     stretch = np.linalg.svd(world[:3, :3], compute_uv=False)
     scale = float(np.linalg.det(world[:3, :3]))
     if not SCALES[0] < scale < SCALES[1]:
-        raise failed(image, f"the best match would change volumes {scale:.2f}-fold")
+        raise _failed(image, f"the best match would change volumes {scale:.2f}-fold")
     if stretch[0] > MOST_STRETCH * stretch[-1]:
-        raise failed(
+        raise _failed(
             image, f"the best match would stretch one direction {stretch[0] / stretch[-1]:.1f} times as another"
         )
     brain = pair.atlas.brain > 0.5
@@ -261,23 +260,15 @@ def _checked(pair: _Pair, kind: str, world: np.ndarray, image: Image, observed: 
     else:
         overlap, least = (within & brain).sum() / brain.sum(), LEAST_COVERAGE
     if overlap < least:
-        raise failed(image, f"overlap with the prior's brain {overlap:.2f}, expected at least {least:g}")
-    gain = _gain(pair.judge(), world)
-    if gain < LEAST_GAIN[pair.field]:
-        raise failed(image, f"the prior explains the scan {gain:.2f} times as well as 20 mm away")
-    return Alignment(kind, matrix, world, float(overlap), gain, pair.atlas)
+        raise _failed(image, f"overlap with the prior's brain {overlap:.2f}, expected at least {least:g}")
+    judge = pair.judge()
+    better = gain(lambda place: float(judge.information(torch.from_numpy(place))), world, _AWAY)
+    if better < LEAST_GAIN[pair.field]:
+        raise _failed(image, f"the prior explains the scan {better:.2f} times as well as 20 mm away")
+    return Alignment(kind, matrix, world, float(overlap), better, pair.atlas)
 
 
-def _gain(compared: Comparison, world: np.ndarray) -> float:
-    """Information at a world matrix over the mean of that of six places 20 mm away."""
-    moves = [np.eye(4) for _ in range(6)]
-    for move, shift in zip(moves, np.concatenate([np.eye(3), -np.eye(3)]), strict=True):
-        move[:3, 3] = _AWAY * shift
-    here, *elsewhere = (float(compared.information(torch.from_numpy(world @ move))) for move in (np.eye(4), *moves))
-    return here / max(float(np.mean(elsewhere)), _LEAST_INFORMATION)
-
-
-def failed(image: Image, why: str) -> InputError:
+def _failed(image: Image, why: str) -> InputError:
     """The error of a registration that went wrong."""
     return InputError(
         f"{image.path}: wrong anatomy or no overlap with the prior: {why}; look at the scan's orientation and mask, or "

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ppl_seg.data.images import Image, same_grid
-from ppl_seg.data.registration import Level, Volume, centroid, coarse, register
+from ppl_seg.data.registration import Level, Volume, centroid, coarse, gain, register
 from ppl_seg.data.resampling import resample
 from ppl_seg.data.starts import Probe
 from ppl_seg.errors import InputError
@@ -72,21 +72,12 @@ def _registered(first: Image, seen_first: np.ndarray, other: Image, seen: np.nda
             world = register(fixed, moving, world, "mutual-information", level, region)
     except RuntimeError as error:  # SimpleITK: all points left the image
         raise _failed(first, other, "it does not overlap with it", "segment without it") from error
-    gain = _gain(Probe.of(steps, moving, region, _POINTS, _SPACING), world)
-    if gain < LEAST_GAIN:
+    judge = Probe.of(steps, moving, region, _POINTS, _SPACING)
+    found = gain(judge.information_at, world, _AWAY)
+    if found < LEAST_GAIN:
         way_out = "bring it there yourself and give --channel-align none"
-        raise _failed(first, other, f"it fits {gain:.2f} times as well as {_AWAY:.0f} mm away", way_out)
+        raise _failed(first, other, f"it fits {found:.2f} times as well as {_AWAY:.0f} mm away", way_out)
     return world
-
-
-def _gain(probe: Probe, world: np.ndarray) -> float:
-    """Information at a world matrix over the mean of that of six places away."""
-    elsewhere = []
-    for shift in np.concatenate([np.eye(3), -np.eye(3)]):
-        move = np.eye(4)
-        move[:3, 3] = _AWAY * shift
-        elsewhere.append(probe.information_at(world @ move))
-    return probe.information_at(world) / max(float(np.mean(elsewhere)), np.finfo(np.float64).tiny)
 
 
 def _failed(first: Image, other: Image, why: str, way_out: str) -> InputError:

@@ -5,6 +5,7 @@ A *world matrix* (4, 4) takes RAS mm of the fixed volume to RAS mm of the moving
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ppl_seg.data.resampling import resample
 _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS mm to LPS mm and back
 _SEED = 1
 _SLACK = 1e-3  # of a voxel: rounding of affines must not add a slice
+_LEAST_INFORMATION = 0.02  # nats; less is chance
 _BINS_AROUND = 4  # bins that Mattes' histogram keeps free
 
 
@@ -119,6 +121,16 @@ def rigid_move(rotation: Rotation, middle: np.ndarray, shift: np.ndarray | float
     move[:3, :3] = rotation.as_matrix()
     move[:3, 3] = middle - move[:3, :3] @ middle + shift
     return move
+
+
+def gain(information: Callable[[np.ndarray], float], world: np.ndarray, away: float) -> float:
+    """Information at a world matrix over the mean of that of six places `away` mm along the axes."""
+    elsewhere = []
+    for shift in np.concatenate([np.eye(3), -np.eye(3)]):
+        move = np.eye(4)
+        move[:3, 3] = away * shift
+        elsewhere.append(information(world @ move))
+    return information(world) / max(float(np.mean(elsewhere)), _LEAST_INFORMATION)
 
 
 def centroid(weight: np.ndarray, affine: np.ndarray) -> np.ndarray:

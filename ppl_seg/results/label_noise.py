@@ -39,13 +39,9 @@ class Waves:
         vectors = torch.randn(kinds, 3, draws) * torch.tensor(spacing).view(3, 1) / (2 * math.pi * correlation)
         return cls(vectors.to(like), torch.rand(kinds, draws).to(like))
 
-    def some(self, draws: slice) -> Waves:
-        """Of some of the draws."""
-        return Waves(self.vectors[..., draws], self.phases[:, draws])
-
-    def turns(self, places: Tensor, kind: int) -> Tensor:
-        """Phase of a kind's waves, (V, S), at places (V, 3) on the prior's grid, voxels."""
-        return torch.addmm(self.phases[kind], places, self.vectors[kind])
+    def turns(self, places: Tensor, kind: int, draws: slice) -> Tensor:
+        """Phase of a kind's waves of some draws, (V, G), at places (V, 3) on the prior's grid, voxels."""
+        return torch.addmm(self.phases[kind, draws], places, self.vectors[kind, :, draws])
 
 
 @dataclass(frozen=True)
@@ -63,13 +59,10 @@ class Noise:
         """For K labels or classes and S draws. spacing: mm of the prior's grid (3,). like: a tensor on its device."""
         return cls(*(Waves.draw(kinds, draws, spacing, correlation, like) for correlation in (FAR, NEAR)))
 
-    def some(self, draws: slice) -> Noise:
-        """Of some of the draws."""
-        return Noise(self.far.some(draws), self.near.some(draws))
-
-    def at(self, places: Tensor, kind: int) -> Tensor:
-        """E of a label or class, (V, S), at places (V, 3) on the prior's grid, voxels."""
-        turns = self.far.turns(places, kind).add_(_triangle(self.near.turns(places, kind)), alpha=NEAR_SHARE)
+    def at(self, places: Tensor, kind: int, draws: slice) -> Tensor:
+        """E of a label or class in some draws, (V, G), at places (V, 3) on the prior's grid, voxels."""
+        moved_by = _triangle(self.near.turns(places, kind, draws))
+        turns = self.far.turns(places, kind, draws).add_(moved_by, alpha=NEAR_SHARE)
         smallest = torch.finfo(turns.dtype).tiny
         return _triangle(turns).clamp_(min=smallest).log_().neg_().clamp_(min=smallest)
 
@@ -97,29 +90,29 @@ class LabelNoise:
         noises = (Noise.draw(kinds, draws, spacing, like) for kinds in (len(members), len(class_of_label)))
         return cls(members, *noises)
 
-    def some(self, draws: slice) -> LabelNoise:
-        """Of some of the draws."""
-        return LabelNoise(self.members, self.of_classes.some(draws), self.of_labels.some(draws))
+    def winners(self, draws: slice, r: Tensor, places: Tensor) -> Tensor:
+        """The labels of some draws, (V, G) int64.
 
-    def winners(self, r: Tensor, places: Tensor) -> Tensor:
-        """The drawn labels, (V, S) int64, of marginals r (M, V, S), at places (V, 3) on the prior's grid, voxels."""
+        Args:
+            r: marginals, (M, V, G). places: (V, 3), on the prior's grid, voxels.
+        """
         best, drawn = r.new_zeros(r.shape[1:]), torch.zeros(r.shape[1:], dtype=torch.int64, device=r.device)
         for number, labels in enumerate(self.members):  # one after another: a class' numbers stay in cache
-            total, label = self._within(r, labels, places)
-            score = total / self.of_classes.at(places, number)
+            total, label = self._within(draws, r, labels, places)
+            score = total / self.of_classes.at(places, number, draws)
             drawn = torch.where(score > best, label, drawn)
             torch.maximum(best, score, out=best)
         return drawn
 
-    def _within(self, r: Tensor, labels: Sequence[int], places: Tensor) -> tuple[Tensor, Tensor]:
-        """r of some labels together, (V, S), and which of them it is, (V, S), or () where it is the only one."""
+    def _within(self, draws: slice, r: Tensor, labels: Sequence[int], places: Tensor) -> tuple[Tensor, Tensor]:
+        """r of some labels together, (V, G), and which of them it is, (V, G), or () where it is the only one."""
         if len(labels) == 1:
             return r[labels[0]], torch.tensor(labels[0], device=r.device)
         total, best = torch.zeros_like(r[0]), torch.zeros_like(r[0])
         drawn = torch.full(total.shape, labels[0], device=r.device)
         for label in labels:
             total += r[label]
-            score = r[label] / self.of_labels.at(places, label)
+            score = r[label] / self.of_labels.at(places, label, draws)
             drawn.masked_fill_(score > best, label)
             torch.maximum(best, score, out=best)
         return total, drawn

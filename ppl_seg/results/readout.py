@@ -26,6 +26,7 @@ from ppl_seg.results.label_noise import LabelNoise
 
 ReadoutName = Literal["marginals", "decoder"]
 Run = Callable[..., Iterator[Any]]  # `map`, or that of a pool of threads
+Draw = Callable[[Tensor, Tensor], Tensor]
 GROUP = 5 * 2**20  # numbers: label probabilities of a block for the draws that are read together; they stay in cache
 SCORES = 2**27  # numbers: label scores of those draws, as the decoder computes them
 FEWEST_BLOCKS = 64  # from which threads are worth their start
@@ -105,7 +106,8 @@ def read_out(
             wanted = reader.touched(slab)
             for first, scores in _decoded(model.shape_prior, z, wanted, share, run):
                 some = slice(first, first + scores.shape[-1])
-                read = partial(reader.read, scores, wanted, noise.some(some), None if draws is None else draws[some])
+                draw = partial(noise.winners, some)
+                read = partial(reader.read, scores, wanted, draw, None if draws is None else draws[some])
                 for drawn, evidence in run(read, slab, sums):
                     counts[some] += drawn
                     log_likelihood[some] += evidence
@@ -178,13 +180,13 @@ class _Reader:
 
     @torch.no_grad()
     def read(
-        self, scores: Tensor, wanted: Tensor, noise: LabelNoise, draws: Tensor | None, voxels: Tensor, sums: Tensor
+        self, scores: Tensor, wanted: Tensor, draw: Draw, draws: Tensor | None, voxels: Tensor, sums: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Read one block for a group of G draws.
 
         Args:
-            scores, wanted: as `_decoded` has them. noise: of the drawn labels. draws: (G, J), to be filled, or
-            None. voxels: flat indices (V,). sums: (M, V), to which marginals are added.
+            scores, wanted: as `_decoded` has them. draw: labels (V, G) of r and places.
+            draws: (G, J), to be filled, or None. voxels: flat indices (V,). sums: (M, V), to which marginals are added.
 
         Returns:
             counts, (G, M), of the drawn labels; log_likelihood of the block's observed voxels, (G,) float64.
@@ -201,7 +203,7 @@ class _Reader:
         evidence = r.sum(0).clamp_(min=torch.finfo(r.dtype).tiny)
         r /= evidence
         sums += weighted_rows(f.sum(-1, keepdim=True), index, weight)[..., 0] if self.name == "decoder" else r.sum(-1)
-        drawn = noise.winners(r, places.to(r.dtype))
+        drawn = draw(r, places.to(r.dtype))
         if draws is not None:
             draws[:, voxels] = drawn.T.to(draws.dtype)
         drawn += labels * torch.arange(group, device=drawn.device)

@@ -16,6 +16,7 @@ from ppl_seg.results.readout import read_out
 from .test_readout import PLACES, SPACING, brain
 
 DRAWS = 20_000
+ALL = slice(None)
 RARE = 1e-6  # how often a test below fails by chance
 
 
@@ -38,19 +39,19 @@ def test_each_label_wins_as_often_as_it_is_probable(kind: torch.dtype) -> None:
     places = places_along([0.0, 3.0, 90.0], kind)
     for classes in ((0, 1, 2, 3, 4), (0, 1, 1, 2, 1), (0, 0, 0, 0, 0)):
         noise = LabelNoise.draw(classes, DRAWS, SPACING, places)
-        drawn = noise.winners(r.unsqueeze(-1).expand(5, 3, DRAWS), places)
+        drawn = noise.winners(ALL, r.unsqueeze(-1).expand(5, 3, DRAWS), places)
         assert_frequencies(torch.stack([(drawn == m).sum(1) for m in range(5)]), r, DRAWS)
 
 
 def test_labels_of_a_class_are_drawn_together() -> None:
-    """Left and right, far apart from one another: where they are one class their winning goes together, else not."""
+    """Left and right: where they are one class their winning goes together, else not; the limits are 7 sd away."""
     torch.manual_seed(0)
     r = torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.0, 0.5]], dtype=torch.float64).T  # background, left, right
     places = places_along([0.0, 1.0])
     together = {}
     for classes in ((0, 1, 1), (0, 1, 2)):
         noise = LabelNoise.draw(classes, DRAWS, SPACING, places)
-        drawn = noise.winners(r.unsqueeze(-1).expand(3, 2, DRAWS), places)
+        drawn = noise.winners(ALL, r.unsqueeze(-1).expand(3, 2, DRAWS), places)
         together[classes] = float(np.corrcoef(drawn[0] == 1, drawn[1] == 2)[0, 1])
     assert together[0, 1, 1] > 0.6 > 0.45 > together[0, 1, 2], together  # the background's noise is shared
 
@@ -60,7 +61,7 @@ def test_the_correlation_of_waves_is_a_gaussian_of_distance() -> None:
     torch.manual_seed(1)
     length, distances = 14.0, [0.0, 3.0, 10.0, 14.0, 28.0, 80.0]
     places = places_along(distances)
-    wave = (2 * math.pi * Waves.draw(1, DRAWS, SPACING, length, places).turns(places, 0)).cos()
+    wave = (2 * math.pi * Waves.draw(1, DRAWS, SPACING, length, places).turns(places, 0, ALL)).cos()
     expected = [math.exp(-0.5 * (d / length) ** 2) for d in distances]
     np.testing.assert_allclose(2 * (wave * wave[:1]).mean(1), expected, atol=5 / math.sqrt(DRAWS))
 
@@ -69,7 +70,7 @@ def test_noise_is_exponential_everywhere_and_falls_off_in_two_steps() -> None:
     """Exp(1) by Kolmogorov and Smirnov; what near waves leave of the phase's cosine, within 5 standard errors."""
     torch.manual_seed(2)
     places = places_along([0.0, 3 * NEAR, 4 * FAR])
-    noise = Noise.draw(1, DRAWS, SPACING, places).at(places, 0)
+    noise = Noise.draw(1, DRAWS, SPACING, places).at(places, 0, ALL)
     assert min(stats.kstest(row, "expon").pvalue for row in noise.numpy()) > RARE / 3
     wave = (math.pi * (-noise).exp()).cos()  # minus the cosine of the phase, for the triangle wave is |2 t − 1|
     far = math.exp(-0.5 * (3 * NEAR / FAR) ** 2)

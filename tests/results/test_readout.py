@@ -196,24 +196,25 @@ def test_against_the_whole_scan_at_once(
     assert bool(found.labels[region].any())
 
 
-def test_the_seed_decides_whatever_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_seed_decides_whatever_the_threads_and_the_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readout, "FEWEST_BLOCKS", 0)
     model, theta = brain()
     matrix, own = PLACES["shifted"]
     scan, z = torch.rand(2, *own, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
     threads, drawn = torch.get_num_threads(), []
     try:
-        for count in (1, 2):
+        for count, block, share in ((1, results_blocks.BLOCK, 1.0), (2, results_blocks.BLOCK, 1.0), (1, 400, 1e-9)):
+            monkeypatch.setattr(results_blocks, "BLOCK", block)
             torch.set_num_threads(count)
             torch.manual_seed(0)
-            found = read_out(
-                model, z, theta, scan, torch.ones_like(scan, dtype=torch.bool), matrix, SPACING, keep_draws=True
-            )
+            seen = torch.ones_like(scan, dtype=torch.bool)
+            found = read_out(model, z, theta, scan, seen, matrix, SPACING, keep_draws=True, share=share)
             assert torch.get_num_threads() == count
             drawn.append(found)
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(drawn[0].draws, drawn[1].draws)  # type: ignore[arg-type]
+    for other in drawn[1:]:
+        assert torch.equal(drawn[0].draws, other.draws)  # type: ignore[arg-type]
     assert torch.equal(drawn[0].log_likelihood, drawn[1].log_likelihood)
 
 

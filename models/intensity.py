@@ -1,4 +1,4 @@
-"""p(x | s): K Gaussians a class, with constant weights or, for the background, weight maps over the grid."""
+"""p(x | s): K Gaussians a class, with constant weights or weight maps over the grid."""
 
 from __future__ import annotations
 
@@ -20,14 +20,22 @@ class IntensityParameters:
     """θ: one value for all draws of a scan.
 
     mean, sd: (B or 1, Q, C), in normalised intensity; log_weight: (B or 1, Q), normalised within each class;
-    background_log_weight: (K0, J) or None, log weight maps of the background's components, normalised over K0 in each
-    voxel; where given they take the place of the background's constant weights.
+    log_weight_maps: (R, J) or None, log weights that depend on the place, normalised within each class in each voxel;
+    they take the place of the constant weights of the first R components: those of the background, or all.
     """
 
     mean: Tensor
     sd: Tensor
     log_weight: Tensor
-    background_log_weight: Tensor | None = None
+    log_weight_maps: Tensor | None = None
+
+    def log_weights(self) -> Tensor:
+        """Log weights of all components, (B or 1, Q, J or 1)."""
+        constant, maps = self.log_weight.unsqueeze(-1), self.log_weight_maps
+        if maps is None:
+            return constant
+        rest = constant[:, len(maps) :].expand(-1, -1, maps.shape[-1])
+        return torch.cat([maps.expand(len(constant), -1, -1), rest], 1)
 
     def select(self, scans: Tensor | slice) -> IntensityParameters:
         """θ of some scans of the batch; the maps belong to all."""
@@ -35,14 +43,14 @@ class IntensityParameters:
 
     def detach(self) -> IntensityParameters:
         """θ without its graph."""
-        maps = self.background_log_weight
+        maps = self.log_weight_maps
         return IntensityParameters(
             self.mean.detach(), self.sd.detach(), self.log_weight.detach(), None if maps is None else maps.detach()
         )
 
     def to(self, device: torch.device | str) -> IntensityParameters:
         """θ on a device."""
-        maps = self.background_log_weight
+        maps = self.log_weight_maps
         return IntensityParameters(
             self.mean.to(device),
             self.sd.to(device),
@@ -52,12 +60,12 @@ class IntensityParameters:
 
     def at(self, voxels: Voxels) -> IntensityParameters:
         """θ with its maps at some voxels alone."""
-        maps = self.background_log_weight
+        maps = self.log_weight_maps
         return self if maps is None else self.with_maps(take(maps, voxels))
 
-    def with_maps(self, background_log_weight: Tensor | None) -> IntensityParameters:
-        """θ with other background maps, (K0, J)."""
-        return replace(self, background_log_weight=background_log_weight)
+    def with_maps(self, log_weight_maps: Tensor | None) -> IntensityParameters:
+        """θ with other weight maps, (R, J)."""
+        return replace(self, log_weight_maps=log_weight_maps)
 
 
 @dataclass(frozen=True)
@@ -143,13 +151,7 @@ class IntensityModel(nn.Module):
 
     def component_log_joint(self, scan: Tensor, observed: Tensor, theta: IntensityParameters) -> Tensor:
         """log w_q(j) + Σ_c o_cj log N(x_cj; μ_qc, σ²_qc), (B, Q, J), for scan and observed of (B, C, J)."""
-        weight = theta.log_weight.unsqueeze(-1)
-        maps = theta.background_log_weight
-        if maps is not None:
-            rows = weight.shape[0]
-            constant = weight[:, self.components[0] :].expand(-1, -1, maps.shape[-1])
-            weight = torch.cat([maps.expand(rows, -1, -1), constant], 1)
-        total = weight
+        total = theta.log_weights()
         for c in range(self.channels):
             sd = theta.sd[:, :, c, None]
             standardised = (scan[:, None, c] - theta.mean[:, :, c, None]) / sd
@@ -216,7 +218,7 @@ class IntensityModel(nn.Module):
         Args:
             component_responsibilities: (B, Q, J) at the old θ, of the objective's own label factor.
             scan, observed: (B, C, J).
-            previous: the old θ; a component that nothing belongs to keeps it, and so do the background maps.
+            previous: the old θ; a component that nothing belongs to keeps it, and so do the weight maps.
             pseudo: the conjugate penalty, sd_share as counts already (`PseudoCounts.expecting`).
             power: the likelihood power β.
         """
@@ -247,13 +249,13 @@ class IntensityModel(nn.Module):
             torch.where(empty, previous.mean, mean),
             torch.where(empty, previous.sd, sd),
             torch.where(empty_class, previous.log_weight, log_weight),
-            previous.background_log_weight,
+            previous.log_weight_maps,
         )
 
     def log_penalty(self, theta: IntensityParameters, pseudo: PseudoCounts) -> Tensor:
         """log p(θ) of `PseudoCounts`, (B,)."""
-        maps = theta.background_log_weight is not None
-        constant_weights = theta.log_weight[:, self.components[0] :] if maps else theta.log_weight
+        maps = theta.log_weight_maps
+        constant_weights = theta.log_weight if maps is None else theta.log_weight[:, len(maps) :]
         variance = theta.sd.square()
         location = pseudo.mean_count * (theta.mean - pseudo.mean) ** 2 / variance
         scale = pseudo.sd_count * (variance.log() + pseudo.sd**2 / variance)

@@ -42,7 +42,7 @@ class IntensityPrior:
 class SharedIntensity(nn.Module):
     """One θ for all scans, learned by gradient. Calling it gives `IntensityParameters` with B = 1."""
 
-    background_log_weight: Tensor | None
+    log_weight_maps: Tensor | None
 
     def __init__(self, intensity: IntensityModel, initial: IntensityParameters) -> None:
         super().__init__()
@@ -50,11 +50,11 @@ class SharedIntensity(nn.Module):
         self.mean = nn.Parameter(initial.mean[:1].detach().clone())
         self.log_sd = nn.Parameter(initial.sd[:1].detach().log())
         self.weight_logits = nn.Parameter(initial.log_weight[:1].detach().clone())
-        self.register_buffer("background_log_weight", initial.background_log_weight, persistent=False)
+        self.register_buffer("log_weight_maps", initial.log_weight_maps, persistent=False)
 
     def forward(self) -> IntensityParameters:
         """θ at the present values."""
         log_weight = torch.cat([self.weight_logits[:, s].log_softmax(1) for s in self.slices], 1)
         return IntensityParameters(
-            self.mean, self.log_sd.exp().clamp(min=SD_FLOOR), log_weight, self.background_log_weight
+            self.mean, self.log_sd.exp().clamp(min=SD_FLOOR), log_weight, self.log_weight_maps
         )

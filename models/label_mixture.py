@@ -96,13 +96,11 @@ class LabelMixture(TorchDistribution):
 
 def sample_intensities(labels: Tensor, theta: IntensityParameters, intensity: IntensityModel) -> Tensor:
     """x ~ p(x | s) for label positions (..., B, J), as (..., B, C, J)."""
-    weights = theta.log_weight.exp().unsqueeze(-1)
-    maps = theta.background_log_weight
+    weights = theta.log_weights().exp()
     component = torch.zeros_like(labels)
     classes = intensity.class_of_label[labels]
     for n, of_class in enumerate(intensity.slices):
-        share = maps.exp()[None] if n == 0 and maps is not None else weights[:, of_class]
-        drawn = draw_categories(share.expand(*labels.shape[:-1], -1, labels.shape[-1]))
+        drawn = draw_categories(weights[:, of_class].expand(*labels.shape[:-1], -1, labels.shape[-1]))
         component = torch.where(classes == n, drawn + of_class.start, component)
     rows = torch.arange(labels.shape[-2], device=labels.device)[:, None] if theta.mean.shape[0] > 1 else 0
     mean, sd = theta.mean[rows, component], theta.sd[rows, component]

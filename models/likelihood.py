@@ -68,7 +68,7 @@ def _apply(
     expected: bool,
 ) -> Tensor:
     settings = (intensity, chunk, expected)
-    arguments = (theta.mean, theta.sd, theta.log_weight, theta.background_log_weight)
+    arguments = (theta.mean, theta.sd, theta.log_weight, theta.log_weight_maps)
     factor: Tensor = _VoxelFactor.apply(scores, log_location_prior, scan, observed, settings, *arguments)
     return factor
 

@@ -54,7 +54,7 @@ with pyro.get_param_store().scope():  # the store is global: this training's par
         with torch.no_grad():
             z = guide.posterior(scans, observed).sample((2,))
         theta, background = expectation.update_theta(model, z, scans, observed, theta, factor)
-        theta = theta.with_maps(expectation.background_maps(background, grid.shape, expectation.MapOptions()))
+        theta = theta.with_maps(expectation.weight_maps(background, grid.shape, expectation.MapOptions()))
         print(f"epoch {epoch + 1} of {args.epochs}: loss per voxel {losses[-1]:.4f}", flush=True)
-fitted = {"guide": guide.state_dict(), "maps": theta.background_log_weight, "recipe": recipe.to_dict()}
+fitted = {"guide": guide.state_dict(), "maps": theta.log_weight_maps, "recipe": recipe.to_dict()}
 torch.save(saved | fitted | {"losses": losses}, args.out)  # no objects: weights_only=True reads it

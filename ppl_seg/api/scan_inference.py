@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from ppl_seg.data.images import read_label_map
 from ppl_seg.data.loading import labels_on_grid
 from ppl_seg.errors import InputError
 from ppl_seg.guides.families import Family, build_family
-from ppl_seg.inference.expectation import label_responsibilities, update_theta
+from ppl_seg.inference.expectation import MapOptions, label_responsibilities, localise, update_theta
 from ppl_seg.inference.label_training import log_label_marginals
 from ppl_seg.inference.posterior import Posterior, best_start, factor_of, infer, start_theta
 from ppl_seg.inference.recipes import Recipe
@@ -25,6 +26,7 @@ from ppl_seg.models.segmentation import SegmentationModel
 from ppl_seg.models.warped_atlas import WarpedAtlas
 
 NEAR_BRAIN = 0.98  # probability of background below which a voxel outside a brain mask says something
+LOCALISING_DRAWS = 4  # of z, under which local weights are learned
 START_SCALE = 0.3  # sd of a scan's own q(z) before its first step: the gradient hears the data before the noise
 
 
@@ -82,13 +84,25 @@ def infer_scan(
     evidence = _evidence(learned, recipe, *scans, inside, None if learned.learned_asleep else log_u)
     as_encoded = learned.scan_guide is not None and amortised and refine == 0
     if not isinstance(atlas, WarpedAtlas) or recipe.shape != "prior" or encoded is not None or as_encoded:
-        return _infer_scan(learned, recipe, *scans, refine, encoded, amortised, log_u, evidence)
+        only = _infer_scan(learned, recipe, *scans, refine, encoded, amortised, log_u, evidence)
+        return _localised(learned, recipe, only)
     found = []
     for strength in recipe.strengths:
         deformed, there = replace(learned, shape_prior=atlas.deformed_by(strength)), amortised and strength == 1
         one = _infer_scan(deformed, recipe, *scans, refine, encoded, there, log_u, evidence)
         found.append(replace(one, strength=strength))
-    return max(found, key=lambda one: one.bound)
+    return _localised(learned, recipe, max(found, key=lambda one: one.bound))
+
+
+def _localised(learned: LearnedModel, recipe: Recipe, found: Inference) -> Inference:
+    """With weights of the classes' components that depend on the place, where the recipe asks for them."""
+    if not recipe.local_blur or recipe.intensity == "shared":
+        return found
+    spacing = learned.grid.spacing
+    options = MapOptions(recipe.local_blur / min(spacing))
+    z, power = found.posterior.sample(LOCALISING_DRAWS), recipe.power_at(math.prod(spacing))
+    theta = localise(found.program, z, *found.data, found.posterior.theta, options, power)
+    return replace(found, posterior=replace(found.posterior, theta=theta))
 
 
 def _infer_scan(
@@ -106,7 +120,7 @@ def _infer_scan(
     device = scan.device
     model = learned.program(recipe, scan.shape[1]).to(device)
     fitted = learned.scan_guide is not None and recipe.shape == "prior"
-    maps = learned.theta.background_log_weight if fitted and amortised and learned.theta is not None else None
+    maps = learned.theta.log_weight_maps if fitted and amortised and learned.theta is not None else None
     maps = None if maps is None or recipe.maps is None else maps.to(device)
     program, data = model, (scan, observed)
     if evidence is not None:

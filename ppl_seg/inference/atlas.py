@@ -22,7 +22,7 @@ from .progress import progress_bar
 from .training_log import LogWriter, TrainingLog
 
 ROUNDS = 3
-BLUR = 0.7  # voxels: the maps lie on each other; what is left of their differences is to stay visible
+BLUR = 0.5  # voxels: the maps lie on each other; what is left of their differences is to stay visible
 
 
 def learn_atlas(

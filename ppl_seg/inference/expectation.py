@@ -1,4 +1,4 @@
-"""The expectation–maximisation side of stage 2: θ per scan, and the background weight maps that all scans share."""
+"""The expectation–maximisation side of stage 2: θ per scan, and weight maps of the background or of all classes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from torch import Tensor
 from ..models.intensity import IntensityModel, IntensityParameters, PseudoCounts
 from ..models.segmentation import SegmentationModel
 from ..models.shape_prior import gaussian_blur
-from ..models.voxels import EVERYWHERE, Voxels, seen_by_any, take
+from ..models.voxels import EVERYWHERE, Voxels, put, seen_by_any, take
 
 Factor = Literal["prior", "posterior"]
+LOCALISING_STEPS = 3  # of EM; six give the same
 
 
 @dataclass(frozen=True)
 class MapOptions:
-    """How the background's weight maps are learned.
+    """How weight maps are learned.
 
     blur: sd of the Gaussian, voxels of the prior's grid. pseudo_count: how many scans' worth of the global mean is
         added.
@@ -88,7 +89,7 @@ def update_theta(
 
     Returns:
         The new θ, and the observed background responsibilities by component summed over scans, (K0, J), for
-        `background_maps`.
+        `weight_maps`.
     """
     power, components = model.likelihood_power, model.intensity.components[0]
     background = scan.new_zeros(components, scan[0, 0].numel())
@@ -110,13 +111,47 @@ def update_theta(
         torch.cat([u.mean for u in updated]),
         torch.cat([u.sd for u in updated]),
         torch.cat([u.log_weight for u in updated]),
-        theta.background_log_weight,
+        theta.log_weight_maps,
     )
     return new, background
 
 
-def background_maps(statistics: Tensor, grid: tuple[int, ...], options: MapOptions) -> Tensor:
-    """Log weight maps from observed background responsibilities by component, both (K0, J).
+def localise(
+    model: SegmentationModel,
+    z: Tensor,
+    scan: Tensor,
+    observed: Tensor,
+    theta: IntensityParameters,
+    options: MapOptions,
+    power: float = 1.0,
+) -> IntensityParameters:
+    """θ of one scan with weight maps for the components of all classes, (Q, J), by approximate EM.
+
+    The bright part of a structure lies together, and so does the dark one. Weights that are the same everywhere make
+    its border where it is bright a question of brightness alone. The Gaussians, and the background's weights, stay as
+    they are.
+
+    Args:
+        z: draws, (S, 1, D). scan, observed: (1, C, *grid). theta: (1, ...). power: κ, of p(x|s) in responsibilities.
+    """
+    flat, seen = flatten(scan, observed)
+    voxels = seen_by_any(seen)
+    flat, seen = take(flat, voxels), take(seen, voxels)
+    grid, size = model.shape_prior.grid, scan[0, 0].numel()
+    for _ in range(LOCALISING_STEPS):
+        of_label = label_responsibilities(model, z, scan, observed, theta, "posterior", voxels, power)
+        found = model.intensity.component_responsibilities(of_label, flat, seen, theta.at(voxels))[0]
+        maps = theta.log_weights()[0].expand(-1, size).clone()
+        for of_class in model.intensity.slices[1:]:
+            statistics = maps.new_zeros(maps[of_class].shape)
+            put(statistics, voxels, found[of_class])
+            maps[of_class] = weight_maps(statistics, grid, options)
+        theta = theta.with_maps(maps)
+    return theta
+
+
+def weight_maps(statistics: Tensor, grid: tuple[int, ...], options: MapOptions) -> Tensor:
+    """Log weight maps from observed responsibilities of one class by component, both (K, J).
 
     w_k(j) ∝ (G ∗ R_k)(j) + pseudo_count · mean_j R_k / Σ_k mean_j R_k: approximate EM; the blur is what keeps maps
     of one scan from collapsing to one-hot.
@@ -166,5 +201,5 @@ def expectation_maximisation(
     for _ in range(iterations):
         theta, statistics = update_theta(model, z, scan, observed, theta, factor, pseudo)
         if maps is not None:
-            theta = theta.with_maps(background_maps(statistics, model.shape_prior.grid, maps))
+            theta = theta.with_maps(weight_maps(statistics, model.shape_prior.grid, maps))
     return theta

@@ -129,8 +129,8 @@ def theta_tensors(theta: IntensityParameters | None) -> dict[str, Tensor]:
     if theta is None:
         return {}
     tensors = {"mean": theta.mean, "sd": theta.sd, "log_weight": theta.log_weight}
-    if theta.background_log_weight is not None:
-        tensors["background_log_weight"] = theta.background_log_weight
+    if theta.log_weight_maps is not None:
+        tensors["background_log_weight"] = theta.log_weight_maps
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
@@ -149,5 +149,5 @@ def mean_theta(theta: IntensityParameters) -> IntensityParameters:
         theta.mean.mean(0, keepdim=True),
         theta.sd.mean(0, keepdim=True),
         torch.log(theta.log_weight.exp().mean(0, keepdim=True)),
-        theta.background_log_weight,
+        theta.log_weight_maps,
     )

@@ -16,7 +16,7 @@ from ..guides.per_scan import PerScanGuide
 from ..models.intensity import IntensityParameters
 from ..models.likelihood import label_mixture_log_prob
 from ..models.segmentation import SegmentationModel
-from .expectation import Factor, background_maps, flatten, initial_theta, update_theta
+from .expectation import Factor, flatten, initial_theta, update_theta, weight_maps
 from .objectives import build_objective
 from .recipes import Recipe
 from .training_options import LARGE_GRID
@@ -70,7 +70,7 @@ def start_theta(
     for iteration in range(recipe.em_iterations * (2 if learn else 1)):
         theta, background = update_theta(model, None, scan, observed, theta, factor, recipe.pseudo)
         if learn and iteration >= recipe.em_iterations and recipe.maps is not None:
-            theta = theta.with_maps(background_maps(background, model.shape_prior.grid, recipe.maps))
+            theta = theta.with_maps(weight_maps(background, model.shape_prior.grid, recipe.maps))
     return theta
 
 
@@ -90,7 +90,7 @@ def best_start(
     here = (slice(None), *lattice)
     flat, seen = flatten(scan[(slice(None), *here)], observed[(slice(None), *here)])
     location = shape.log_location_prior[here].flatten(1)
-    maps = theta.background_log_weight
+    maps = theta.log_weight_maps
     if maps is not None:
         theta = theta.with_maps(maps.unflatten(1, shape.grid)[here].flatten(1))
     power = model.likelihood_power * math.prod(shape.grid) / location.shape[1]
@@ -143,6 +143,6 @@ def infer(
                     z = guide.posterior().sample((2,))
                 theta, background = update_theta(model, z, scan, observed, theta, factor, recipe.pseudo)
                 if learn_maps and recipe.maps is not None:
-                    theta = theta.with_maps(background_maps(background, model.shape_prior.grid, recipe.maps))
+                    theta = theta.with_maps(weight_maps(background, model.shape_prior.grid, recipe.maps))
     with torch.no_grad():
         return Posterior(guide.posterior(), theta, bounds)

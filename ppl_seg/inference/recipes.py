@@ -13,6 +13,7 @@ from .expectation import MapOptions
 from .objectives import OBJECTIVES
 
 USUAL_POWER = 0.05  # β, where nothing else is said
+LOCAL_BLUR = 4.0  # mm, of brains' weights
 POWER_OF_A_CUBIC_MM = 0.00625  # β of brains and heads, for each mm³ of a voxel: 0.05 on a grid of 2 mm
 
 
@@ -32,6 +33,8 @@ class Recipe:
         pseudo: conjugate penalty of θ. likelihood_power: β; None leaves it to `recipe_for_field`, else USUAL_POWER.
         mask_background, mask_fluid: how often background, and the fluid around a brain where it has a label, lie within
             a brain mask, see `IntensityModel`; 1: a mask says nothing of them.
+        local_blur: sd in mm of the Gaussian through which the weights of every class' components follow the scan that
+            is read out, see `expectation.localise`; 0 leaves them the same everywhere.
         readout_power: κ, of p(x|s) in the label marginals, for voxels of 1 mm; see `power_at`.
         readout: `marginals`, argmax of the label marginals; `decoder`, argmax of f.
         strengths: how far a warped atlas is deformed, relative to the label maps it learned from; the scan's own bound
@@ -63,6 +66,7 @@ class Recipe:
     likelihood_power: float | None = None
     mask_background: float = 1.0
     mask_fluid: float = 1.0
+    local_blur: float = 0.0
     readout_power: float = 1.0
     readout: Literal["marginals", "decoder"] = "marginals"
     strengths: tuple[float, ...] = (1.0,)
@@ -212,8 +216,8 @@ def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float, wa
     the location prior. Whole brains differ with age, and their label maps are often others'.
     Maps of the background, learned from one scan, take the fluid from the structures, around a brain and within a head.
     Two Gaussians a class, for partial volume, nuclei and lesions, help brains and crops; fluid, which flows and lies in
-    thin layers, has more. Heads have many classes that look alike, and EM two optima then: a tenth of a millimetre in
-    the registration decides between them. One Gaussian must be wide enough for fluid that is bright.
+    thin layers, has more. Of a brain the weights of the two depend on the place. Heads have many classes that look
+    alike, and EM two optima then: a tenth of a millimetre in the registration decides between them. One Gaussian must be wide enough for fluid that is bright.
     How far people differ from an atlas differs: old brains further than its label maps, most others less.
     What is left unexplained has a size in mm³, so that voxels count by theirs.
 
@@ -236,7 +240,7 @@ def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float, wa
     if field_of_view == "head":
         pseudo = replace(recipe.pseudo, sd_share=min(1.0, recipe.pseudo.sd_share))
         return replace(recipe, components=1, fluid_components=1, pseudo=pseudo)
-    recipe = replace(recipe, background_components=2)
+    recipe = replace(recipe, background_components=2, local_blur=LOCAL_BLUR if recipe.shape == "prior" else 0.0)
     if not warped:
         return recipe
     return replace(recipe, mask_background=0.2, mask_fluid=0.4, strengths=(1.0, 0.5))

@@ -12,7 +12,7 @@ from ..guides.families import kl_to_prior
 from ..models.decoders import Lattice, random_lattice
 from ..models.intensity import IntensityParameters, PseudoCounts
 from ..models.segmentation import SegmentationModel
-from .expectation import Factor, MapOptions, background_maps, expecting, update_theta
+from .expectation import Factor, MapOptions, expecting, update_theta, weight_maps
 from .task import Batch, Task
 
 Augment = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
@@ -133,7 +133,7 @@ class ScanTask(Task):
             per_scan = background / len(chosen) * len(self.training)
             self.statistics = per_scan if self.statistics is None else (1 - rate) * self.statistics + rate * per_scan
             grid = self.model.shape_prior.grid
-            self.theta = self.theta.with_maps(background_maps(self.statistics, grid, self.maps))
+            self.theta = self.theta.with_maps(weight_maps(self.statistics, grid, self.maps))
 
     def batch(self, step: int, generator: torch.Generator) -> Batch:
         """Scans chosen at random, their θ brought up to date."""
@@ -163,8 +163,8 @@ class ScanTask(Task):
         """θ of all scans, the maps and their statistics."""
         theta = self.theta
         state: dict[str, Any] = {"mean": theta.mean, "sd": theta.sd, "log_weight": theta.log_weight}
-        if theta.background_log_weight is not None:
-            state["maps"] = theta.background_log_weight
+        if theta.log_weight_maps is not None:
+            state["maps"] = theta.log_weight_maps
         if self.statistics is not None:
             state["statistics"] = self.statistics
         return {name: tensor.clone() for name, tensor in state.items()}

@@ -242,8 +242,8 @@ class _Reader:
     def _likelihood(self, voxels: Tensor, corners: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """p(x | label)^power, times u where there is one, of own voxels over its peak, (M, V); the peak's log, (V,)."""
         theta = self.theta
-        if theta.background_log_weight is not None:
-            maps = weighted_rows(theta.background_log_weight[:, corners].exp().unsqueeze(-1), index, weight)
+        if theta.log_weight_maps is not None:
+            maps = weighted_rows(theta.log_weight_maps[:, corners].exp().unsqueeze(-1), index, weight)
             theta = theta.with_maps(maps[..., 0].clamp(min=1e-12).log())
         scan, seen = self.scan[None, :, voxels], self.observed[None, :, voxels]
         log_likelihood = self.intensity.label_log_prob(scan, seen, theta, self.power)[0]

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from ppl_seg.inference.expectation import (
     MapOptions,
-    background_maps,
     expectation_maximisation,
     expecting,
     initial_theta,
     label_responsibilities,
+    localise,
     update_theta,
+    weight_maps,
 )
 from ppl_seg.models.decoders import LocationDecoder
 from ppl_seg.models.guided_intensity import with_label_factor, with_log_factor
@@ -128,7 +129,7 @@ def test_one_step_is_the_m_step_at_the_old_theta() -> None:
     resp = slow.component_responsibilities(labels, *flat, theta, problem.class_of_label, problem.components)
     expected = problem.intensity().m_step(resp, *flat, theta)
     new, statistics = update_theta(model, z, problem.scan, problem.observed, theta)
-    for name in ("mean", "sd", "log_weight", "background_log_weight"):
+    for name in ("mean", "sd", "log_weight", "log_weight_maps"):
         torch.testing.assert_close(getattr(new, name), getattr(expected, name), rtol=1e-10, atol=1e-12)
     seen = problem.observed_flat.any(1, keepdim=True)
     torch.testing.assert_close(statistics, (resp[:, :2] * seen).sum(0), rtol=1e-12, atol=1e-14)
@@ -196,7 +197,7 @@ def test_maps_are_blurred_responsibilities_with_a_pseudo_count() -> None:
     generator = torch.Generator().manual_seed(0)
     statistics = torch.rand(2, 12 * 9, generator=generator, dtype=torch.float64) * 5
     options = MapOptions(blur=1.2, pseudo_count=0.4)
-    maps = background_maps(statistics, (12, 9), options).exp()
+    maps = weight_maps(statistics, (12, 9), options).exp()
     torch.testing.assert_close(maps.sum(0), torch.ones(108, dtype=torch.float64))
     blurred = gaussian_blur(statistics.view(1, 2, 12, 9), 1.2).view(2, -1)
     share = statistics.mean(1) / statistics.mean(1).sum()
@@ -228,8 +229,8 @@ def test_maps_of_one_scan_do_not_collapse() -> None:
     maps = {}
     for name, options in {"default": MapOptions(), "no blur": MapOptions(blur=0.0, pseudo_count=0.0)}.items():
         found = expectation_maximisation(model, scan, observed, theta, z, iterations=60, maps=options)
-        assert found.background_log_weight is not None
-        maps[name] = found.background_log_weight.exp()
+        assert found.log_weight_maps is not None
+        maps[name] = found.log_weight_maps.exp()
     one_hot = {name: float((m.max(0).values > 0.99).double().mean()) for name, m in maps.items()}
     assert one_hot["no blur"] > 0.9  # what the blur is there for
     assert one_hot["default"] < 0.1
@@ -244,8 +245,8 @@ def test_maps_follow_the_place() -> None:
     scan = torch.where(left, 0.35, 0.65) + noise
     z = torch.zeros(1, 1, 2, dtype=torch.float64)
     found = expectation_maximisation(model, scan, observed, theta, z, iterations=20, maps=MapOptions())
-    assert found.background_log_weight is not None
-    dark = found.background_log_weight[0].exp().view(24, 24)
+    assert found.log_weight_maps is not None
+    dark = found.log_weight_maps[0].exp().view(24, 24)
     assert float(dark[:, :8].min()) > 0.8 and float(dark[:, 16:].max()) < 0.2
 
 
@@ -254,8 +255,8 @@ def test_unobserved_voxels_get_the_global_mean() -> None:
     observed[..., 12:] = False
     z = torch.zeros(1, 1, 2, dtype=torch.float64)
     found = expectation_maximisation(model, scan, observed, theta, z, iterations=5, maps=MapOptions(blur=1.0))
-    assert found.background_log_weight is not None
-    maps = found.background_log_weight.exp().view(2, 24, 24)
+    assert found.log_weight_maps is not None
+    maps = found.log_weight_maps.exp().view(2, 24, 24)
     far = maps[:, :, 20:].flatten(1)
     torch.testing.assert_close(far, far.mean(1, keepdim=True).expand_as(far), rtol=1e-4, atol=1e-4)
 
@@ -272,3 +273,56 @@ def test_em_is_deterministic_and_pure() -> None:
     for a, b in zip(dataclasses.astuple(first), dataclasses.astuple(second), strict=True):
         assert torch.equal(a, b)
     assert all(torch.equal(t, c) for t, c in zip(dataclasses.astuple(theta), copies, strict=True))
+
+
+# Weights of one scan that depend on the place.
+
+
+def structure_with_two_components() -> tuple[SegmentationModel, Tensor, Tensor, IntensityParameters]:
+    """One structure nearly everywhere, dark on the left and bright on the right, which the background is as well."""
+    grid = (24, 24)
+    location_prior = torch.full((2, *grid), 0.9, dtype=torch.float64)
+    location_prior[0] = 0.1
+    model = SegmentationModel(
+        ShapePrior(location_prior, LocationDecoder(2, 2, grid), 2), IntensityModel((0, 1), (1, 2))
+    )
+    mean = torch.tensor([[[0.65], [0.35], [0.65]]], dtype=torch.float64)
+    sd = torch.full((1, 3, 1), 0.1, dtype=torch.float64)
+    theta = IntensityParameters(mean, sd, torch.tensor([[1.0, 0.5, 0.5]], dtype=torch.float64).log())
+    left = torch.arange(24)[None, :].expand(24, 24) < 12
+    noise = 0.1 * torch.randn(1, 1, 24, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    return model, torch.where(left, 0.35, 0.65) + noise, torch.ones(1, 1, *grid, dtype=torch.bool), theta
+
+
+def test_local_weights_follow_the_place_and_leave_brightness_out_of_it() -> None:
+    model, scan, observed, theta = structure_with_two_components()
+    z = torch.zeros(2, 1, 2, dtype=torch.float64)
+    found = localise(model, z, scan, observed, theta, MapOptions())
+    assert found.log_weight_maps is not None and found.log_weight_maps.shape == (3, 576)
+    weights = found.log_weight_maps.exp().view(3, 24, 24)
+    torch.testing.assert_close(weights[1] + weights[2], torch.ones(24, 24, dtype=torch.float64))
+    assert float(weights[1, :, :8].min()) > 0.75 and float(weights[1, :, 16:].max()) < 0.25
+    for name in ("mean", "sd", "log_weight"):
+        assert torch.equal(getattr(found, name), getattr(theta, name))
+    before, after = (label_responsibilities(model, z, scan, observed, t)[0, 0].view(24, 24) for t in (theta, found))
+    # where the structure is as bright as the background, half a weight had counted against it
+    assert float(after[:, 16:].mean()) < 0.7 * float(before[:, 16:].mean())
+
+
+def test_a_step_of_local_weights_is_blurred_responsibilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each class but the background, whose weights stay, at the old θ; what is not observed counts for nothing."""
+    monkeypatch.setattr("ppl_seg.inference.expectation.LOCALISING_STEPS", 1)
+    options = MapOptions(blur=0.8, pseudo_count=0.2)
+    for maps in (False, True):
+        problem = make_problem(num_scans=1, grid=(5, 4), class_of_label=(0, 1, 2), components=(2, 2, 1), maps=maps)
+        model, z, theta = problem.model(), draws(problem), problem.theta().detach()
+        found = localise(model, z, problem.scan, problem.observed, theta, options, power=0.5).log_weight_maps
+        labels = label_responsibilities(model, z, problem.scan, problem.observed, theta, power=0.5)
+        flat = (problem.scan_flat, problem.observed_flat)
+        of = slow.component_responsibilities(labels, *flat, theta, problem.class_of_label, problem.components)[0]
+        of = of * problem.observed_flat[0].any(0)
+        assert found is not None and found.shape == (5, 20)
+        constant = theta.log_weight[0, :2, None].expand(-1, 20)
+        torch.testing.assert_close(found[:2], constant if theta.log_weight_maps is None else theta.log_weight_maps)
+        torch.testing.assert_close(found[2:4], weight_maps(of[2:4], (5, 4), options), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(found[4].exp(), torch.ones(20, dtype=torch.float64))

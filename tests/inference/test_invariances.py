@@ -81,7 +81,7 @@ def test_unobserved_content_changes_no_em(factor: str, mask: str, content: float
         )
         for scan in (problem.scan, other)
     )
-    for name in ("mean", "sd", "log_weight", "background_log_weight"):
+    for name in ("mean", "sd", "log_weight", "log_weight_maps"):
         assert torch.equal(getattr(theta, name), getattr(same, name))
         assert bool(getattr(theta, name).isfinite().all())
 
@@ -152,5 +152,5 @@ def test_one_slice_is_two_dimensional_for_normalisation_and_em() -> None:
         thetas.append(
             expectation_maximisation(model, scan, problem.observed, theta, z, iterations=8, maps=MapOptions(blur=1.5))
         )
-    for name in ("mean", "sd", "log_weight", "background_log_weight"):
+    for name in ("mean", "sd", "log_weight", "log_weight_maps"):
         assert torch.equal(getattr(thetas[0], name), getattr(thetas[1], name)), name

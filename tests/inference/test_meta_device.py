@@ -62,7 +62,7 @@ def theta(grid: tuple[int, ...], maps: bool, batch: int = B) -> IntensityParamet
 
 
 def on_cpu(there: IntensityParameters) -> IntensityParameters:
-    maps = there.background_log_weight
+    maps = there.log_weight_maps
     filled = [torch.ones(t.shape) for t in (there.mean, there.sd, there.log_weight)]
     return IntensityParameters(*filled, None if maps is None else torch.ones(maps.shape))
 
@@ -198,8 +198,8 @@ def test_em(factor: str, grid: tuple[int, ...]) -> None:
         start = initial_theta(model.intensity, torch.empty(M, *grid, device=META), scan, observed)
         z = torch.empty(3, B, D, device=META)
         found = expectation_maximisation(model, scan, observed, start, z, 2, factor, maps=MapOptions())
-    assert found.background_log_weight is not None
-    for tensor in (found.mean, found.sd, found.log_weight, found.background_log_weight):
+    assert found.log_weight_maps is not None
+    for tensor in (found.mean, found.sd, found.log_weight, found.log_weight_maps):
         assert tensor.device == META
 
 

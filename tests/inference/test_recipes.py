@@ -24,6 +24,7 @@ def test_heads_have_one_gaussian_a_class_as_wide_as_it_needs(name: str) -> None:
 def test_brains_get_constant_background_weights() -> None:
     recipe = recipe_for_field(build_recipe("default"), "brain", 8.0)
     assert recipe.maps is None and recipe.components == 2 and recipe.pseudo.sd_share > 0
+    assert recipe.local_blur > 0 == recipe_for_field(build_recipe("location-em"), "brain", 8.0).local_blur
     assert recipe.readout_power < 1 and recipe.beta == pytest.approx(8 * POWER_OF_A_CUBIC_MM)
     assert recipe.observed_rates(4, (2,)) == ()
     warped = recipe_for_field(recipe, "brain", 8.0, warped=True)

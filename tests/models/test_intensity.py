@@ -17,6 +17,7 @@ from tests.reference.problems import Problem, make_problem
 PROBLEMS = {
     "shared class": {},
     "maps": {"maps": True},
+    "maps of all classes": {"maps": "all"},
     "channel mask": {"mask": "channel", "grid": (6, 5)},
     "three classes, 3-D": {
         "class_of_label": (0, 2, 1, 2),
@@ -86,12 +87,12 @@ def test_m_step_is_pure() -> None:
     problem = make_problem(maps=True)
     scan, observed, theta = flat(problem)
     resp = problem.intensity().component_responsibilities(label_responsibilities(problem), scan, observed, theta)
-    inputs = (resp, scan, observed, theta.mean, theta.sd, theta.log_weight, theta.background_log_weight)
+    inputs = (resp, scan, observed, theta.mean, theta.sd, theta.log_weight, theta.log_weight_maps)
     copies = [t.clone() for t in inputs]
     first, second = (problem.intensity().m_step(resp, scan, observed, theta) for _ in range(2))
     assert all(torch.equal(t, c) for t, c in zip(inputs, copies, strict=True))
     assert torch.equal(first.mean, second.mean) and torch.equal(first.sd, second.sd)
-    assert torch.equal(first.background_log_weight, theta.background_log_weight)
+    assert torch.equal(first.log_weight_maps, theta.log_weight_maps)
 
 
 PSEUDO = PseudoCounts(weight=0.7, mean_count=1.5, mean=0.2, sd_count=2.5, sd=0.4)
@@ -126,7 +127,7 @@ def test_m_step_is_where_the_gradient_vanishes(maps: bool, pseudo: PseudoCounts,
 
     def objective(mean: Tensor, log_sd: Tensor, weight: Tensor) -> Tensor:
         log_weight = torch.cat([w.log_softmax(-1) for w in weight.split(problem.components, -1)], -1)
-        at = IntensityParameters(mean, log_sd.exp(), log_weight, theta.background_log_weight)
+        at = IntensityParameters(mean, log_sd.exp(), log_weight, theta.log_weight_maps)
         return power * expected_complete_log_prob(problem, resp, at) + intensity.log_penalty(at, pseudo)
 
     best = objective(mean, log_sd, weight)
@@ -202,7 +203,7 @@ def test_intensity_prior() -> None:
     theta = draws[0]
     assert theta.mean.shape == theta.sd.shape == (500, 6, 2) and theta.log_weight.shape == (500, 6)
     assert torch.equal(draws[0].mean, draws[1].mean) and not torch.equal(draws[0].mean, draws[2].mean)
-    assert bool((theta.sd > 0).all()) and theta.background_log_weight is None
+    assert bool((theta.sd > 0).all()) and theta.log_weight_maps is None
     for weight in theta.log_weight.split((3, 1, 2), -1):
         torch.testing.assert_close(weight.exp().sum(-1), torch.ones(500))
     # any contrast: each of two classes is the brighter one in a good part of the draws

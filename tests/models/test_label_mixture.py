@@ -75,8 +75,8 @@ def test_samples_have_the_moments_of_the_mixture(maps: bool) -> None:
         f = problem.log_f(z)[0].exp()
         J = f.shape[-1]
         weight = theta.log_weight.exp()[..., None].repeat(1, 1, J)
-        if theta.background_log_weight is not None:
-            weight[:, : problem.components[0]] = theta.background_log_weight.exp()
+        if theta.log_weight_maps is not None:
+            weight[:, : problem.components[0]] = theta.log_weight_maps.exp()
         first, second = torch.zeros(2, 2, J).double(), torch.zeros(2, 2, J).double()
         for m in range(len(problem.class_of_label)):
             for q in slow.components_of_label(problem.class_of_label, problem.components, m):

@@ -16,6 +16,7 @@ PLAIN = {"exact": slow.exact, "jensen": slow.jensen}
 VARIANTS = {
     "plain": {},
     "maps": {"maps": True},
+    "maps of all classes": {"maps": "all"},
     "channel mask": {"mask": "channel"},
     "maps, channel mask": {"maps": True, "mask": "channel"},
     "nothing observed": {"mask": "all"},
@@ -106,8 +107,8 @@ def test_gradcheck(form: str) -> None:
         return fused(problem, form, scores, IntensityParameters(mean, sd, log_weight, maps))
 
     theta = problem.theta()
-    assert theta.background_log_weight is not None
-    inputs = (theta.mean, theta.sd, theta.log_weight, theta.background_log_weight)
+    assert theta.log_weight_maps is not None
+    inputs = (theta.mean, theta.sd, theta.log_weight, theta.log_weight_maps)
     assert torch.autograd.gradcheck(function, (scores, *(t.detach().clone().requires_grad_() for t in inputs)))
 
 

@@ -28,7 +28,7 @@ def component_log_joint(scan: Tensor, observed: Tensor, theta: Any, b: int, q: i
     A mixture of θ over one scan (B = 1) counts for every scan.
     """
     t = b if theta.mean.shape[0] > 1 else 0
-    maps = theta.background_log_weight
+    maps = theta.log_weight_maps
     total = maps[q, j] if maps is not None and q < maps.shape[0] else theta.log_weight[t, q]
     for c in range(scan.shape[1]):
         if observed[b, c, j]:

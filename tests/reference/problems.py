@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import pyro
 import torch
@@ -41,7 +41,7 @@ class Problem:
     mean: Tensor
     log_sd: Tensor
     weight_scores: Tensor
-    background_scores: Tensor | None
+    map_scores: Tensor | None
     raw: Tensor
     scan: Tensor
     observed: Tensor
@@ -69,14 +69,17 @@ class Problem:
         """Everything a gradient can reach: decoder, θ, the guide's raw numbers."""
         out = {"decoder.weight": self.decoder.weight, "decoder.gain": self.decoder.gain, "raw": self.raw}
         out |= {"mean": self.mean, "log_sd": self.log_sd, "weight_scores": self.weight_scores}
-        return out if self.background_scores is None else out | {"background": self.background_scores}
+        return out if self.map_scores is None else out | {"maps": self.map_scores}
 
     def theta(self) -> Any:
         """θ as a function of its leaves, weights normalised within each class (maps at each voxel)."""
         from ppl_seg.models.intensity import IntensityParameters
 
         log_weight = torch.cat([s.log_softmax(-1) for s in self.weight_scores.split(self.components, -1)], -1)
-        maps = None if self.background_scores is None else self.background_scores.log_softmax(0)
+        maps, of_classes = self.map_scores, self.components
+        if maps is not None:
+            of_classes = of_classes if len(maps) == sum(of_classes) else of_classes[:1]
+            maps = torch.cat([s.log_softmax(0) for s in maps.split(of_classes)])
         return IntensityParameters(self.mean, self.log_sd.exp(), log_weight, maps)
 
     def intensity(self) -> Any:
@@ -132,7 +135,7 @@ class Problem:
                     for name in ("mean", "log_sd", "weight_scores", "raw")}  # fmt: skip
         return Problem(
             self.grid, self.class_of_label, self.components, self.latent_dim, self.location_prior,
-            decoder=self.decoder, background_scores=self.background_scores,
+            decoder=self.decoder, map_scores=self.map_scores,
             scan=self.scan[one], observed=self.observed[one], noise=self.noise[:, one], **per_scan,
         )  # fmt: skip
 
@@ -180,7 +183,7 @@ def make_problem(
     class_of_label: tuple[int, ...] = (0, 1, 1),
     components: tuple[int, ...] = (2, 2),
     latent_dim: int = 2,
-    maps: bool = False,
+    maps: bool | Literal["all"] = False,
     mask: str = "some",
     draws: int = 8,
     seed: int = 0,
@@ -188,7 +191,7 @@ def make_problem(
     """A random problem.
 
     mask: "none" (all observed), "some" (a third unobserved, in all channels alike), "channel" (per channel),
-    "all" (nothing observed). maps: background weights vary over the grid.
+    "all" (nothing observed). maps: background weights vary over the grid, or those of all classes.
     """
     g = torch.Generator().manual_seed(seed)
 
@@ -203,10 +206,12 @@ def make_problem(
         0.3 * rand(num_scans, Q, channels),
         rand(num_scans, Q),
     )
-    background = rand(components[0], J)
+    map_scores = rand(components[0], J)
     raw = torch.cat([rand(num_scans, latent_dim), 0.3 * rand(num_scans, latent_dim) - 0.5], -1)
     scan = rand(num_scans, channels, J).reshape(num_scans, channels, *grid)
     noise = rand(draws, num_scans, latent_dim)
+    if maps == "all":  # after all else, so that the rest is as without
+        map_scores = rand(Q, J)
     # arange, not chance: the masks must be neither empty nor full whatever the seed
     rows = 1 if mask in ("none", "some", "all") else channels
     ticks = torch.arange(num_scans * rows * J).reshape(num_scans, rows, *grid)
@@ -214,7 +219,7 @@ def make_problem(
     leaves = [t.requires_grad_() for t in (mean, log_sd, weights)]
     return Problem(
         grid, class_of_label, components, latent_dim, location_prior, decoder, *leaves,
-        background.requires_grad_() if maps else None, raw.requires_grad_(), scan, observed, noise,
+        map_scores.requires_grad_() if maps else None, raw.requires_grad_(), scan, observed, noise,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ def read_out(
     own, grid = tuple(scan.shape[1:]), (*model.shape_prior.grid, 1)[:3]
     to_grid = np.linalg.inv(matrix)
     something = (inside(to_grid, grid, own) & region).flatten()
-    maps = theta.background_log_weight
+    maps = theta.log_weight_maps
     if maps is not None:
         weights = resample(maps.exp().unflatten(1, grid), to_grid, own).flatten(1)
         weights = torch.where(inside(to_grid, grid, own).flatten(), weights, 1.0 / len(maps))

@@ -34,18 +34,20 @@ class Ramp(torch.nn.Module):
         return z.sum(-1)[(..., *[None] * self.ramp.dim())] * self.ramp
 
 
-def program(grid: tuple[int, ...], maps: bool) -> tuple[SegmentationModel, IntensityParameters]:
+def program(grid: tuple[int, ...], maps: bool, of_all: bool = False) -> tuple[SegmentationModel, IntensityParameters]:
     generator = torch.Generator().manual_seed(3)
     location = torch.rand(3, int(np.prod(grid)), generator=generator, dtype=torch.float64) + 0.1
     location = (location / location.sum(0)).view(3, *grid)
     shape = ShapePrior(location, Ramp(3, grid), 2)
     intensity = IntensityModel([0, 1, 1], [2, 1], 1)
     weights = torch.rand(2, location[0].numel(), generator=generator, dtype=torch.float64) + 0.1
+    weights = (weights / weights.sum(0)).log()
+    weights = torch.cat([weights, torch.zeros_like(weights[:1])]) if of_all else weights
     theta = IntensityParameters(
         torch.tensor([[[0.1], [0.9], [0.5]]], dtype=torch.float64),
         torch.tensor([[[0.2], [0.3], [0.1]]], dtype=torch.float64),
         torch.tensor([[0.4, 0.6, 1.0]], dtype=torch.float64).log(),
-        (weights / weights.sum(0)).log() if maps else None,
+        weights if maps else None,
     )
     return SegmentationModel(shape, intensity), theta
 
@@ -56,9 +58,9 @@ def scan_of(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     return scan, torch.rand(1, *shape, generator=generator) > 0.2
 
 
-@pytest.mark.parametrize("maps", [False, True])
-def test_marginals_against_loops(maps: bool) -> None:
-    model, theta = program(SHAPE, maps)
+@pytest.mark.parametrize(("maps", "of_all"), [(False, False), (True, False), (True, True)])
+def test_marginals_against_loops(maps: bool, of_all: bool) -> None:
+    model, theta = program(SHAPE, maps, of_all)
     scan, observed = scan_of(SHAPE)
     z = torch.tensor([[0.3, 0.4], [-1.0, 0.2]], dtype=torch.float64)
     found = read_out(model, z, theta, scan, observed, np.eye(4), SPACING, keep_draws=True, keep_marginals=True)
@@ -68,7 +70,7 @@ def test_marginals_against_loops(maps: bool) -> None:
         flat = int(np.ravel_multi_index(place, SHAPE))
         x = scan[(0, *place)]
         normal = torch.exp(-0.5 * ((x - theta.mean[0, :, 0]) / theta.sd[0, :, 0]) ** 2) / theta.sd[0, :, 0]
-        weight = theta.background_log_weight[:, flat].exp() if maps else theta.log_weight[0, :2].exp()  # type: ignore[index]
+        weight = theta.log_weight_maps[:2, flat].exp() if maps else theta.log_weight[0, :2].exp()  # type: ignore[index]
         likelihood = torch.stack([(weight * normal[:2]).sum(), normal[2], normal[2]])
         for draw in f:
             joint = draw[(slice(None), *place)] * (likelihood if observed[(0, *place)] else 1.0)

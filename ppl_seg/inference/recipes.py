@@ -217,7 +217,8 @@ def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float, wa
     Maps of the background, learned from one scan, take the fluid from the structures, around a brain and within a head.
     Two Gaussians a class, for partial volume, nuclei and lesions, help brains and crops; fluid, which flows and lies in
     thin layers, has more. Of a brain the weights of the two depend on the place. Heads have many classes that look
-    alike, and EM two optima then: a tenth of a millimetre in the registration decides between them. One Gaussian must be wide enough for fluid that is bright.
+    alike, and EM two optima then: a tenth of a millimetre in the registration decides between them. One Gaussian must
+    be wide enough for fluid that is bright.
     How far people differ from an atlas differs: old brains further than its label maps, most others less.
     What is left unexplained has a size in mm³, so that voxels count by theirs.
 

@@ -100,8 +100,10 @@ def _localised(learned: LearnedModel, recipe: Recipe, found: Inference) -> Infer
         return found
     spacing = learned.grid.spacing
     options = MapOptions(recipe.local_blur / min(spacing))
+    fluid = learned.table.fluid if recipe.classes == "table" else None
+    classes = set(range(len(found.program.intensity.components))) - {0, fluid}
     z, power = found.posterior.sample(LOCALISING_DRAWS), recipe.power_at(math.prod(spacing))
-    theta = localise(found.program, z, *found.data, found.posterior.theta, options, power)
+    theta = localise(found.program, z, *found.data, found.posterior.theta, classes, options, power)
     return replace(found, posterior=replace(found.posterior, theta=theta))
 
 

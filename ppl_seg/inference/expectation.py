@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -122,27 +123,29 @@ def localise(
     scan: Tensor,
     observed: Tensor,
     theta: IntensityParameters,
+    classes: Iterable[int],
     options: MapOptions,
     power: float = 1.0,
 ) -> IntensityParameters:
-    """θ of one scan with weight maps for the components of all classes, (Q, J), by approximate EM.
+    """θ of one scan with weight maps for the components of some classes, (Q, J), by approximate EM.
 
     The bright part of a structure lies together, and so does the dark one. Weights that are the same everywhere make
-    its border where it is bright a question of brightness alone. The Gaussians, and the background's weights, stay as
-    they are.
+    its border where it is bright a question of brightness alone. The Gaussians, and the other classes' weights, stay
+    as they are.
 
     Args:
         z: draws, (S, 1, D). scan, observed: (1, C, *grid). theta: (1, ...). power: κ, of p(x|s) in responsibilities.
+        classes: which. Background and fluid are of many kinds, and would take what they lie next to.
     """
     flat, seen = flatten(scan, observed)
     voxels = seen_by_any(seen)
     flat, seen = take(flat, voxels), take(seen, voxels)
-    grid, size = model.shape_prior.grid, scan[0, 0].numel()
+    grid, size, chosen = model.shape_prior.grid, scan[0, 0].numel(), [model.intensity.slices[n] for n in classes]
     for _ in range(LOCALISING_STEPS):
         of_label = label_responsibilities(model, z, scan, observed, theta, "posterior", voxels, power)
         found = model.intensity.component_responsibilities(of_label, flat, seen, theta.at(voxels))[0]
         maps = theta.log_weights()[0].expand(-1, size).clone()
-        for of_class in model.intensity.slices[1:]:
+        for of_class in chosen:
             statistics = maps.new_zeros(maps[of_class].shape)
             put(statistics, voxels, found[of_class])
             maps[of_class] = weight_maps(statistics, grid, options)

@@ -297,7 +297,7 @@ def structure_with_two_components() -> tuple[SegmentationModel, Tensor, Tensor, 
 def test_local_weights_follow_the_place_and_leave_brightness_out_of_it() -> None:
     model, scan, observed, theta = structure_with_two_components()
     z = torch.zeros(2, 1, 2, dtype=torch.float64)
-    found = localise(model, z, scan, observed, theta, MapOptions())
+    found = localise(model, z, scan, observed, theta, [1], MapOptions())
     assert found.log_weight_maps is not None and found.log_weight_maps.shape == (3, 576)
     weights = found.log_weight_maps.exp().view(3, 24, 24)
     torch.testing.assert_close(weights[1] + weights[2], torch.ones(24, 24, dtype=torch.float64))
@@ -310,19 +310,19 @@ def test_local_weights_follow_the_place_and_leave_brightness_out_of_it() -> None
 
 
 def test_a_step_of_local_weights_is_blurred_responsibilities(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of each class but the background, whose weights stay, at the old θ; what is not observed counts for nothing."""
+    """Of the classes that are named, at the old θ; other weights stay; what is not observed counts for nothing."""
     monkeypatch.setattr("ppl_seg.inference.expectation.LOCALISING_STEPS", 1)
     options = MapOptions(blur=0.8, pseudo_count=0.2)
     for maps in (False, True):
-        problem = make_problem(num_scans=1, grid=(5, 4), class_of_label=(0, 1, 2), components=(2, 2, 1), maps=maps)
+        problem = make_problem(num_scans=1, grid=(5, 4), class_of_label=(0, 1, 2), components=(2, 2, 2), maps=maps)
         model, z, theta = problem.model(), draws(problem), problem.theta().detach()
-        found = localise(model, z, problem.scan, problem.observed, theta, options, power=0.5).log_weight_maps
+        found = localise(model, z, problem.scan, problem.observed, theta, [1], options, power=0.5).log_weight_maps
         labels = label_responsibilities(model, z, problem.scan, problem.observed, theta, power=0.5)
         flat = (problem.scan_flat, problem.observed_flat)
         of = slow.component_responsibilities(labels, *flat, theta, problem.class_of_label, problem.components)[0]
         of = of * problem.observed_flat[0].any(0)
-        assert found is not None and found.shape == (5, 20)
+        assert found is not None and found.shape == (6, 20)
         constant = theta.log_weight[0, :2, None].expand(-1, 20)
         torch.testing.assert_close(found[:2], constant if theta.log_weight_maps is None else theta.log_weight_maps)
         torch.testing.assert_close(found[2:4], weight_maps(of[2:4], (5, 4), options), rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(found[4].exp(), torch.ones(20, dtype=torch.float64))
+        torch.testing.assert_close(found[4:], theta.log_weight[0, 4:, None].expand(-1, 20))

@@ -40,6 +40,7 @@ CHANGES: dict[str, Change] = {
     "all of p(x|s) is read out, κ = 1": lambda recipe: replace(recipe, readout_power=1.0),
     "voxels are independent, β = 1": lambda recipe: replace(recipe, likelihood_power=1.0),
     "constant background weights": lambda recipe: replace(recipe, maps=None),
+    "weights are the same everywhere": lambda recipe: replace(recipe, local_blur=0.0),
 }
 
 

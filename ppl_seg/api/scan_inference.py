@@ -95,7 +95,7 @@ def infer_scan(
 
 
 def _localised(learned: LearnedModel, recipe: Recipe, found: Inference) -> Inference:
-    """With weights of the classes' components that depend on the place, where the recipe asks for them."""
+    """With structures' weights that depend on the place, where the recipe asks for it; the bound is that without."""
     if not recipe.local_blur or recipe.intensity == "shared":
         return found
     spacing = learned.grid.spacing

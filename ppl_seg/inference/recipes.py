@@ -33,8 +33,8 @@ class Recipe:
         pseudo: conjugate penalty of θ. likelihood_power: β; None leaves it to `recipe_for_field`, else USUAL_POWER.
         mask_background, mask_fluid: how often background, and the fluid around a brain where it has a label, lie within
             a brain mask, see `IntensityModel`; 1: a mask says nothing of them.
-        local_blur: sd in mm of the Gaussian through which the weights of every class' components follow the scan that
-            is read out, see `expectation.localise`; 0 leaves them the same everywhere.
+        local_blur: sd in mm of the Gaussian through which the weights of the structures' components follow the scan
+            that is read out, see `expectation.localise`; 0 leaves them the same everywhere.
         readout_power: κ, of p(x|s) in the label marginals, for voxels of 1 mm; see `power_at`.
         readout: `marginals`, argmax of the label marginals; `decoder`, argmax of f.
         strengths: how far a warped atlas is deformed, relative to the label maps it learned from; the scan's own bound

@@ -55,6 +55,4 @@ class SharedIntensity(nn.Module):
     def forward(self) -> IntensityParameters:
         """θ at the present values."""
         log_weight = torch.cat([self.weight_logits[:, s].log_softmax(1) for s in self.slices], 1)
-        return IntensityParameters(
-            self.mean, self.log_sd.exp().clamp(min=SD_FLOOR), log_weight, self.log_weight_maps
-        )
+        return IntensityParameters(self.mean, self.log_sd.exp().clamp(min=SD_FLOOR), log_weight, self.log_weight_maps)

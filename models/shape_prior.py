@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
+from typing import Self
 
 import pyro
 import torch
@@ -56,6 +58,15 @@ class LabelPrior(nn.Module, ABC):
         """p(z) of one scan: N(0, I) with event shape (D,)."""
         zero = self.log_location_prior.new_zeros(self.latent_dim)
         return dist.Normal(zero, torch.ones_like(zero)).to_event(1)
+
+    def without(self, labels: Tensor) -> Self:
+        """A copy that has background in the place of some labels, (M,) bool, not of the background itself."""
+        prior = copy.deepcopy(self)
+        location = prior.log_location_prior.exp()
+        location[0] += location[labels].sum(0)
+        location[labels] = torch.finfo(location.dtype).tiny
+        prior.log_location_prior.copy_(location.log())
+        return prior
 
     @abstractmethod
     def label_scores(self, z: Tensor, lattice: Lattice | None = None) -> Tensor:

@@ -11,16 +11,19 @@ import copy
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from .decoders import Lattice, enlarge
-from .shape_prior import LabelPrior
+from .shape_prior import LabelPrior, gaussian_blur
 from .voxels import EVERYWHERE, Voxels
 
 SQUARINGS = 6  # of exp(v) = exp(v / 2⁶)^(2⁶)
+BLUR = 0.5  # voxels, of the template: maps lie on each other; what is left of their differences is to stay visible
+TRUST = 0.01  # of a template made for one scan: how often a label occurs beside what the label maps show
 FLOOR = 1e-30  # of probabilities: a label that cannot be has a finite logarithm, and no gradient
 START_SPEED, START_SMOOTHNESS = 3.0, 8.0  # mm: sd of the velocity, and of the Gaussian that filters it, before learning
 
@@ -32,12 +35,14 @@ class WarpedAtlas(LabelPrior):
         location_prior: p_loc, (M, *grid), positive.
         control: voxels of the grid from one control point to the next.
         spacing: mm of a voxel of the grid; how smooth deformations are before label maps have taught it.
+        label_maps: how many it keeps of those that it learned from, see `carry`.
     """
 
+    label_maps: Tensor  # (n, *grid) int16: positions of labels, each map as it lies on the template
     frequency: Tensor  # (*control grid): of the cosines, cycles per voxel of the grid
     velocity_sd: Tensor  # (*control grid): sd of each frequency's coefficient, voxels of the grid
 
-    def __init__(self, location_prior: Tensor, control: int = 6, spacing: float = 1.0) -> None:
+    def __init__(self, location_prior: Tensor, control: int = 6, spacing: float = 1.0, label_maps: int = 0) -> None:
         grid = tuple(location_prior.shape[1:])
         coarse = tuple(-(-n // control) for n in grid)
         super().__init__(location_prior, len(grid) * math.prod(coarse))
@@ -51,6 +56,8 @@ class WarpedAtlas(LabelPrior):
         squares = torch.meshgrid(*[axis.square() for axis in axes], indexing="ij")
         self.register_buffer("frequency", torch.stack(squares).sum(0).sqrt().to(dtype), persistent=False)
         decay = torch.exp(-0.5 * (2 * math.pi * START_SMOOTHNESS / spacing * self.frequency).square()) + 1e-3
+        kept = torch.zeros(label_maps, *grid, dtype=torch.int16)
+        self.register_buffer("label_maps", kept, persistent=label_maps > 0)
         self.register_buffer("velocity_sd", START_SPEED / spacing * decay / decay.square().mean().sqrt())
 
     @property
@@ -62,6 +69,37 @@ class WarpedAtlas(LabelPrior):
         """This atlas with velocities of `strength` times the sd; the location prior is shared."""
         atlas = copy.copy(self)
         atlas._buffers = {**self._buffers, "velocity_sd": strength * self.velocity_sd}
+        return atlas
+
+    def carry(self, labels: Tensor, z: Tensor) -> None:
+        """Keep label maps (n, *grid), each carried to the template from where its own deformation z (n, D) has it."""
+        for kept, own, shape in zip(self.label_maps, labels, z, strict=True):
+            edge = torch.tensor(self.grid, device=z.device)[:, None] - 1
+            there = self.places(-shape, EVERYWHERE).round().long().clamp(min=0).minimum(edge)
+            kept.copy_(own[tuple(there)].view(self.grid))
+
+    def reweighted(self, weights: Tensor) -> WarpedAtlas:
+        """This atlas with a template in which label map i counts `weights`_i(y) times at y; all else is shared.
+
+        p(y) ∝ p_loc(y) (Σ_i w_i h_i + ε) / (mean_i h_i + ε), h_i the one-hot label maps, both sums blurred as p_loc is:
+        equal weights give p_loc, whose maps were interpolated and not, as these are, brought to the nearest voxel.
+
+        Args:
+            weights: (n, *grid), summing to 1 over the maps.
+        """
+        index = self.label_maps.long()
+        equal = torch.full_like(weights, 1 / len(weights))
+        counted = [torch.zeros_like(self.log_location_prior).scatter_add_(0, index, w) for w in (weights, equal)]
+        now, before = (gaussian_blur(c[None], BLUR)[0] + TRUST for c in counted)
+        location = self.log_location_prior.exp() * now / before
+        atlas = copy.copy(self)
+        atlas._buffers = {**self._buffers, "log_location_prior": (location / location.sum(0)).log()}
+        return atlas
+
+    def without(self, labels: Tensor) -> Self:
+        """As a prior's; the label maps, too."""
+        atlas = super().without(labels)
+        atlas.label_maps = torch.where(labels[self.label_maps.long()], 0, self.label_maps)
         return atlas
 
     def coefficients(self, z: Tensor) -> Tensor:
@@ -102,14 +140,20 @@ class WarpedAtlas(LabelPrior):
 
     def flat_scores(self, z: Tensor, voxels: Voxels) -> Tensor:
         """log f − log p_loc at some voxels, (..., M, n)."""
-        dims = len(self.grid)
         places = self.places(z.reshape(-1, z.shape[-1]), voxels)  # (·, d, n)
-        edge = torch.tensor(self.grid, dtype=z.dtype, device=z.device)[:, None]
-        there = ((2 * places + 1) / edge - 1).flip(1).mT.unflatten(1, (*[1] * (dims - 1), -1))
-        atlas = self._probabilities().expand(len(there), -1, *self.grid)
-        warped = functional.grid_sample(atlas, there, padding_mode="border", align_corners=False).flatten(2)
+        warped = self._sampled(self._probabilities().expand(len(places), -1, *self.grid), places)
         scores = warped.clamp(min=FLOOR).log().sub_(self.log_location_prior.flatten(1)[:, voxels])
         return scores.view(*z.shape[:-1], *scores.shape[1:])
+
+    def on_template(self, volumes: Tensor, z: Tensor) -> Tensor:
+        """What a scan of deformation z (D,) has on the grid, (C, *grid), where the template has it."""
+        return self._sampled(volumes[None], self.places(-z, EVERYWHERE)[None]).view(volumes.shape)
+
+    def _sampled(self, volumes: Tensor, places: Tensor) -> Tensor:
+        """(B, C, *grid) at places (B, d, n), linearly: (B, C, n). Beyond the grid its edge."""
+        edge = torch.tensor(self.grid, dtype=places.dtype, device=places.device)[:, None]
+        there = ((2 * places + 1) / edge - 1).flip(1).mT.unflatten(1, (*[1] * (len(self.grid) - 1), -1))
+        return functional.grid_sample(volumes, there, padding_mode="border", align_corners=False).flatten(2)
 
     def _probabilities(self) -> Tensor:
         """p_loc; kept, as long as its logarithm stays what it is."""

@@ -10,9 +10,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 from ppl_seg import fit_scans, load_model
 from ppl_seg.api import Model
+from ppl_seg.errors import InputError
 from ppl_seg.models.warped_atlas import WarpedAtlas
 from ppl_seg.results.segmentation import Segmentation
 
@@ -51,7 +53,8 @@ def prior(folder: Path) -> Path:
 
 def test_the_model_directory(prior: Path) -> None:
     config = json.loads((prior / "config.json").read_text())
-    assert config["shape_prior"]["decoder"] == "warp" and config["shape_prior"]["options"] == {"control": 6}
+    assert config["shape_prior"]["decoder"] == "warp"
+    assert config["shape_prior"]["options"] == {"control": 6, "label_maps": 4}
     report = json.loads((prior / "report.json").read_text())
     assert report["mean_reconstruction_dice"] > 0.8
     model = load_model(prior)
@@ -83,6 +86,32 @@ def test_the_bound_chooses_how_far_the_atlas_is_deformed(prior: Path, folder: Pa
         assert best == max(alone, key=lambda strength: alone[strength])
         assert chosen.bound["bound"] == pytest.approx(alone[best], rel=0.02)
     assert abs(alone[1.0] - alone[0.05]) > 0.05 * abs(max(alone.values()))  # 2.5 times what two runs may differ by
+
+
+def test_label_maps_make_a_template_for_a_scan(prior: Path, folder: Path) -> None:
+    model, scan = load_model(prior), folder / "sub-04_T1w.nii.gz"
+    assert isinstance(model.shape_prior, WarpedAtlas)
+    asked = replace(model, recipe=replace(model.recipe, fusion_power=0.05, fusion_blur=6.0, strengths=(0.3,)))
+    template = model.shape_prior.log_location_prior.clone()
+    usual = replace(asked, recipe=replace(asked.recipe, fusion_power=0.0)).segment(scan, draws=2)
+    fused = asked.segment(scan, draws=2)
+    assert fused.bound["bound"] > usual.bound["bound"]  # its template is nearer to it
+    assert fused.bound["bound"] == asked.segment(scan, draws=2).bound["bound"]
+    assert torch.equal(model.shape_prior.log_location_prior, template)
+    without = WarpedAtlas(template.exp(), 6)  # of a model from before
+    without.velocity_sd.copy_(model.shape_prior.velocity_sd)
+    found = replace(asked, shape_prior=without).segment(scan, draws=2)
+    assert found.bound["bound"] == pytest.approx(usual.bound["bound"], rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [-1, 3])
+def test_label_maps_of_other_labels_are_refused(prior: Path, tmp_path: Path, value: int) -> None:
+    model = load_model(prior)
+    assert isinstance(model.shape_prior, WarpedAtlas)
+    model.shape_prior.label_maps[0, 0, 0, 0] = value
+    model.save(tmp_path / "model")
+    with pytest.raises(InputError, match="label maps with other labels than the table's"):
+        load_model(tmp_path / "model")
 
 
 def test_an_encoder_speaks_of_the_strength_that_it_was_fitted_with(prior: Path, folder: Path) -> None:

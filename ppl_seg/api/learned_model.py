@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 from dataclasses import dataclass, field, replace
@@ -147,12 +146,7 @@ class LearnedModel:
         """The model with all labels outside the brain made background."""
         outside = torch.from_numpy(~brain_labels(self.table))
         outside[0] = False
-        prior = copy.deepcopy(self.shape_prior)
-        location = prior.log_location_prior.exp()
-        location[0] += location[outside].sum(0)
-        location[outside] = torch.finfo(location.dtype).tiny
-        prior.log_location_prior.copy_(location.log())
-        return replace(self, shape_prior=prior, field_of_view="brain")
+        return replace(self, shape_prior=self.shape_prior.without(outside), field_of_view="brain")
 
     def place(
         self, own: OwnScan, align: str | None = None, view: str | None = None, recipe: Recipe | None = None

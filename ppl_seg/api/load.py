@@ -32,6 +32,7 @@ from ppl_seg.inference.networks import (
 from ppl_seg.inference.recipes import Recipe, changed_recipe
 from ppl_seg.inference.store import CONFIG, WEIGHTS, load_model_files
 
+_LABEL_MAPS = "shape_prior.label_maps"  # whole numbers, where all else is not
 LARGEST_OPTION = 4096  # of a network's options: widths, levels
 LARGEST_NUMBER = 1e6  # in a recipe: steps, batch sizes
 MOST_STRENGTHS = 8  # of which a scan's bound chooses
@@ -69,7 +70,10 @@ def _assemble(config: dict[str, Any], tensors: dict[str, Tensor]) -> Model:
     if not all(name.isprintable() and name for name in table.names):
         raise ValueError("a label's name is empty or holds control characters")
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+        if name == _LABEL_MAPS:
+            if tensor.dtype != torch.int16 or not bool(((tensor >= 0) & (tensor < len(table))).all()):
+                raise ValueError(f"{WEIGHTS} holds label maps with other labels than the table's: {name}")
+        elif not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{WEIGHTS} holds values that are no finite numbers: {name}")
     location = tensors["shape_prior.log_location_prior"].exp()
     if location.shape != (len(table), *grid.shape):

@@ -17,6 +17,7 @@ from ppl_seg.data.loading import labels_on_grid
 from ppl_seg.errors import InputError
 from ppl_seg.guides.families import Family, build_family
 from ppl_seg.inference.expectation import MapOptions, label_responsibilities, localise, update_theta
+from ppl_seg.inference.label_fusion import fuse
 from ppl_seg.inference.label_training import log_label_marginals
 from ppl_seg.inference.posterior import Posterior, best_start, factor_of, infer, start_theta
 from ppl_seg.inference.recipes import Recipe
@@ -68,8 +69,9 @@ def infer_scan(
 ) -> Inference:
     """q(z) and θ of one scan, (1, C, *grid), as `segment` infers them.
 
-    A warped atlas is deformed with each of the recipe's strengths, and the inference with the highest bound is kept. An
-    encoder speaks of the strength that it was fitted with, 1; where its z are not to be refined, it alone.
+    A warped atlas is deformed with each of the recipe's strengths, and the inference with the highest bound is kept;
+    where label maps are fused, z is inferred once more under the template that this one makes for the scan. An encoder
+    speaks of the strength that it was fitted with, 1; where its z are not to be refined, it alone.
 
     Args:
         recipe: adapted to the field of view. refine: gradient steps; None takes the recipe's.
@@ -86,12 +88,28 @@ def infer_scan(
     if not isinstance(atlas, WarpedAtlas) or recipe.shape != "prior" or encoded is not None or as_encoded:
         only = _infer_scan(learned, recipe, *scans, refine, encoded, amortised, log_u, evidence)
         return _localised(learned, recipe, only)
-    found = []
-    for strength in recipe.strengths:
-        deformed, there = replace(learned, shape_prior=atlas.deformed_by(strength)), amortised and strength == 1
-        one = _infer_scan(deformed, recipe, *scans, refine, encoded, there, log_u, evidence)
-        found.append(replace(one, strength=strength))
-    return _localised(learned, recipe, max(found, key=lambda one: one.bound))
+
+    def infer_with(prior: WarpedAtlas, strength: float) -> Inference:
+        there = amortised and strength == 1
+        with_prior = replace(learned, shape_prior=prior)
+        one = _infer_scan(with_prior, recipe, *scans, refine, encoded, there, log_u, evidence)
+        return replace(one, strength=strength)
+
+    tried = [infer_with(atlas.deformed_by(strength), strength) for strength in recipe.strengths]
+    found = max(tried, key=lambda one: one.bound)
+    own = _own_template(learned, recipe, found)
+    if own is not None and found.strength is not None:
+        found = infer_with(own, found.strength)
+    return _localised(learned, recipe, found)
+
+
+def _own_template(learned: LearnedModel, recipe: Recipe, found: Inference) -> WarpedAtlas | None:
+    """The atlas with a template of the label maps that explain the scan, where the recipe asks for it, or None."""
+    atlas = found.program.shape_prior
+    if not recipe.fusion_power or not isinstance(atlas, WarpedAtlas) or not len(atlas.label_maps):
+        return None
+    blur, z = recipe.fusion_blur / min(learned.grid.spacing), found.posterior.q.mean[0]
+    return fuse(found.program, z, *found.data, found.posterior.theta, blur, recipe.fusion_power)
 
 
 def _localised(learned: LearnedModel, recipe: Recipe, found: Inference) -> Inference:

@@ -33,6 +33,7 @@ CLIP_NORM = 0.01  # of the bound per voxel; a looser one let a spike collapse q(
 LATENT_DIM = 64
 CONTROL = 12.0  # mm between control points of a warped atlas; half of it reconstructs left-out maps no better
 WARP_STEPS = 60  # of each label map
+MOST_KEPT = 40  # label maps that stay with an atlas, to be weighed for each scan
 
 
 @dataclass(frozen=True)
@@ -121,13 +122,14 @@ def learn_decoder(
 def learn_warp(lesson: Lesson, options: TrainingOptions, out: str | Path | None, progress: bool) -> Learned:
     """A warped atlas, on the CPU; its q(z|s) needs no network, and scans start from the template itself."""
     control = max(1, round(CONTROL / lesson.spacing))
-    atlas = WarpedAtlas(lesson.location, control, lesson.spacing)
-    family = build_family(lesson.family, atlas.latent_dim)
     kept, steps = ~lesson.held_out, options.steps or WARP_STEPS
+    own = {"control": control, "label_maps": min(int(kept.sum()), MOST_KEPT)}
+    atlas = WarpedAtlas(lesson.location, spacing=lesson.spacing, **own)
+    family = build_family(lesson.family, atlas.latent_dim)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         log = learn_atlas(atlas, family, lesson.labels[kept], lesson.observed[kept], steps, out, progress)
     freeze(atlas)
     codes = lesson.location.new_zeros(0, atlas.latent_dim)
     training = {"steps": steps, "seed": options.seed}
-    return Learned(atlas, DeformationGuide(atlas, family), codes, log, {"control": control}, training)
+    return Learned(atlas, DeformationGuide(atlas, family), codes, log, own, training)

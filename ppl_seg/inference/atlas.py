@@ -17,12 +17,11 @@ from torch import Tensor
 from ..guides.deformations import DeformationGuide
 from ..guides.families import Family
 from ..models.shape_prior import smoothed_frequency
-from ..models.warped_atlas import WarpedAtlas, corners_of
+from ..models.warped_atlas import BLUR, WarpedAtlas, corners_of
 from .progress import progress_bar
 from .training_log import LogWriter, TrainingLog
 
 ROUNDS = 3
-BLUR = 0.5  # voxels: the maps lie on each other; what is left of their differences is to stay visible
 
 
 def learn_atlas(
@@ -37,6 +36,7 @@ def learn_atlas(
     """Teach an atlas, in place, what label maps look like and how they differ.
 
     Args:
+        atlas: with as many label maps as it shall keep, evenly taken.
         labels: positions, (n, *grid). observed: bool, (n, 1, *grid).
         steps: gradient steps of each map, over all rounds.
         directory: where training.csv goes, a row a round.
@@ -67,6 +67,8 @@ def learn_atlas(
                     "seconds": time.monotonic() - began,
                 }
             )
+        kept = torch.linspace(0, len(labels) - 1, len(atlas.label_maps)).round().long()
+        atlas.carry(labels[kept], z[kept])
     writer.close()
     return log
 

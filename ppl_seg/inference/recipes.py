@@ -14,6 +14,8 @@ from .objectives import OBJECTIVES
 
 USUAL_POWER = 0.05  # β, where nothing else is said
 LOCAL_BLUR = 4.0  # mm, of brains' weights
+FUSION_BLUR = 12.0  # mm, of what is said of a label map
+FUSION_POWER_OF_A_CUBIC_MM = 0.00125  # 0.01 on a grid of 2 mm
 POWER_OF_A_CUBIC_MM = 0.00625  # β of brains and heads, for each mm³ of a voxel: 0.05 on a grid of 2 mm
 
 
@@ -35,6 +37,8 @@ class Recipe:
             a brain mask, see `IntensityModel`; 1: a mask says nothing of them.
         local_blur: sd in mm of the Gaussian through which the weights of the structures' components follow the scan
             that is read out, see `expectation.localise`; 0 leaves them the same everywhere.
+        fusion_power, fusion_blur: power of the likelihood by which label maps are weighed, and sd in mm of the Gaussian
+            around a place, see `label_fusion.map_weights`; power 0: the template is everyone's.
         readout_power: κ, of p(x|s) in the label marginals, for voxels of 1 mm; see `power_at`.
         readout: `marginals`, argmax of the label marginals; `decoder`, argmax of f.
         strengths: how far a warped atlas is deformed, relative to the label maps it learned from; the scan's own bound
@@ -67,6 +71,8 @@ class Recipe:
     mask_background: float = 1.0
     mask_fluid: float = 1.0
     local_blur: float = 0.0
+    fusion_power: float = 0.0
+    fusion_blur: float = FUSION_BLUR
     readout_power: float = 1.0
     readout: Literal["marginals", "decoder"] = "marginals"
     strengths: tuple[float, ...] = (1.0,)
@@ -219,6 +225,8 @@ def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float, wa
     thin layers, has more. Of a brain the weights of the two depend on the place. Heads have many classes that look
     alike, and EM two optima then: a tenth of a millimetre in the registration decides between them. One Gaussian must
     be wide enough for fluid that is bright.
+    A template is of all label maps, and few are as a scan's own would be: around each place they count by what they
+    explain of it.
     How far people differ from an atlas differs: old brains further than its label maps, most others less.
     What is left unexplained has a size in mm³, so that voxels count by theirs.
 
@@ -244,4 +252,6 @@ def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float, wa
     recipe = replace(recipe, background_components=2, local_blur=LOCAL_BLUR if recipe.shape == "prior" else 0.0)
     if not warped:
         return recipe
+    if recipe.shape == "prior":
+        recipe = replace(recipe, fusion_power=min(1.0, FUSION_POWER_OF_A_CUBIC_MM * voxel_volume))
     return replace(recipe, mask_background=0.2, mask_fluid=0.4, strengths=(1.0, 0.5))

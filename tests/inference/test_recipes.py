@@ -30,6 +30,8 @@ def test_brains_get_constant_background_weights() -> None:
     warped = recipe_for_field(recipe, "brain", 8.0, warped=True)
     assert warped.observed_rates(4, (2,)) == (warped.mask_background, 1.0, warped.mask_fluid, 1.0)
     assert 0 < warped.mask_background < warped.mask_fluid < 1
+    assert recipe.fusion_power == 0 < warped.fusion_power < warped.beta
+    assert recipe_for_field(build_recipe("location-em"), "brain", 8.0, warped=True).fusion_power == 0
     assert recipe_for_field(recipe, "brain", 8.0) == recipe
     assert len(recipe.strengths) == 1 < len(recipe_for_field(recipe, "brain", 8.0, warped=True).strengths)
     coarse = recipe_for_field(build_recipe("default"), "brain", 64.0)

@@ -113,3 +113,36 @@ def test_corners_weigh_as_multilinear_interpolation() -> None:
     found = sum(volume.flatten()[index] * weight for index, weight in corners_of(places, GRID))
     expected = map_coordinates(volume.numpy(), places.numpy(), order=1, mode="nearest")
     np.testing.assert_allclose(torch.as_tensor(found).numpy(), expected)
+
+
+def test_label_maps_are_carried_to_the_template() -> None:
+    model = WarpedAtlas(atlas().log_location_prior.exp(), 3, spacing=4.0, label_maps=2)
+    labels = torch.randint(0, 3, (2, *GRID), generator=torch.Generator().manual_seed(0))
+    z = torch.cat([torch.zeros_like(draw(model))[None], draw(model, 1)])
+    model.carry(labels, z)
+    torch.testing.assert_close(model.label_maps[0].long(), labels[0])
+    places = model.places(-z[1], slice(None)).numpy()
+    expected = map_coordinates(labels[1].numpy(), places.clip(0), order=0, mode="nearest")
+    assert (model.label_maps[1].flatten().numpy() == expected).mean() > 0.999  # of halves, either
+    assert "label_maps" not in atlas().state_dict()  # models from before have none
+
+
+def test_what_a_scan_shows_is_brought_to_the_template() -> None:
+    model, z = atlas(), draw(atlas())
+    volumes = torch.rand(2, *GRID, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    places = model.places(-z, slice(None)).numpy()
+    expected = [map_coordinates(v.numpy(), places, order=1, mode="nearest").reshape(GRID) for v in volumes]
+    np.testing.assert_allclose(model.on_template(volumes, z).numpy(), np.stack(expected), rtol=1e-10)
+
+
+def test_labels_can_be_made_background() -> None:
+    model = WarpedAtlas(atlas().log_location_prior.exp(), 3, spacing=4.0, label_maps=1)
+    labels = torch.randint(0, 3, (1, *GRID), generator=torch.Generator().manual_seed(0))
+    model.carry(labels, torch.zeros(1, model.latent_dim, dtype=torch.float64))
+    without = model.without(torch.tensor([False, True, False]))
+    before, after = model.log_location_prior.exp(), without.log_location_prior.exp()
+    torch.testing.assert_close(after[0], before[0] + before[1])
+    torch.testing.assert_close(after[2], before[2])
+    assert after[1].max() < 1e-30
+    torch.testing.assert_close(without.label_maps[0].long(), torch.where(labels[0] == 1, 0, labels[0]))
+    assert int((model.label_maps == 1).sum()) == int((labels == 1).sum())  # the model's own stays

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from nibabel.orientations import io_orientation
 from scipy import ndimage
+from scipy.linalg import polar
 from scipy.spatial.transform import Rotation
 
+from ppl_seg.data.geometry import spacing_of
 from ppl_seg.data.grids import Grid, Placed, alignment_matrix
 from ppl_seg.data.images import Image
 from ppl_seg.data.information import ROUGH, Comparison, most_informative
@@ -29,6 +33,8 @@ _STIFFNESS = 3.0  # nats, on the way there: information alone may shrink a head 
 _NUDGES, _NUDGE, _LEVER = 10, 0.7, 70.0  # how often, mm, mm to a radian: the optimum is left and looked for again
 _LAST_NUDGES, _LAST_NUDGE = 4, 0.3  # and once more at all points
 _SEED = 1
+_OBLIQUE = math.radians(36)  # from which the search starts with the header's turn, not along the voxels' axes
+_DIGITS = 5  # of voxel sizes that count; headers have them in 32 bits
 _ELSEWHERE = 0.25  # share of the points that lie beyond the brain's rim, where the prior knows classes there
 _RIM = 6.0  # mm around the brain that count too
 _PADDING = 30.0  # mm of nothing around a brain
@@ -92,7 +98,8 @@ def align_scan(kind: str, image: Image, observed: np.ndarray, atlas: Atlas, fiel
     """Where the prior's grid lies in a scan.
 
     none trusts the headers. center brings the centroids of the brains together, where prior and scan are brains, else
-    the centres of the fields of view. rigid and affine register, from the turn that the headers say and others.
+    the centres of the fields of view. rigid and affine register, from turns about the voxels' axes: a header that puts
+    a brain or a head elsewhere changes nothing, unless it turns them by more than 36 degrees.
 
     Args:
         image: the scan. observed: (X, Y, Z) bool. field: the scan's, brain, head or crop.
@@ -125,13 +132,16 @@ def align_scan(kind: str, image: Image, observed: np.ndarray, atlas: Atlas, fiel
 
 @dataclass(frozen=True, eq=False)
 class _Pair:
-    """Prior and scan made ready for registration.
+    """Prior and scan made ready for registration, the scan in its own millimetres, so that little hangs on its header.
 
-    atlas: the prior's, where the scan is a brain without what lies outside. classes: its class volume. moving:
-    intensities, 0 to 1. observed: where they are, 0 or 1. start: world matrix. near, beyond: voxels of the grid that
-    count, the brain with its rim, and others. field: the scan's.
+    own: (4, 4), voxel of the scan → its own mm, along its axes in RAS order. frame: (4, 4), these → RAS mm.
+    atlas: the prior's, where the scan is a brain without what lies outside. classes: its class volume.
+    moving: intensities, 0 to 1. observed: where they are, 0 or 1. start: world matrix, to the scan's own mm.
+    near, beyond: voxels of the grid that count, the brain with its rim, and others. field: the scan's.
     """
 
+    own: np.ndarray
+    frame: np.ndarray
     atlas: Atlas
     classes: Volume
     moving: Volume
@@ -153,23 +163,25 @@ class _Pair:
         distance = ndimage.distance_transform_edt(atlas.brain < 0.5, sampling=atlas.grid.spacing)
         near = distance <= _RIM
         beyond = np.full_like(near, atlas.field == "head" or surrounded) & ~near
+        own = _own_millimetres(image.affine)
+        frame = image.affine @ np.linalg.inv(own)
 
         def volume(data: np.ndarray) -> Volume:
-            small = coarse(Volume(data.astype(np.float32), image.affine), _SPACING)
+            small = coarse(Volume(data.astype(np.float32), own), _SPACING)
             return padded(small, _PADDING, 0.0) if surrounded else small
 
-        if field == "crop" or atlas.field == "crop":
+        if "crop" in (field, atlas.field):
             matrix = alignment_matrix("center", image, atlas.grid)
-            start = image.affine @ matrix @ np.linalg.inv(atlas.grid.affine)
-        elif surrounded:
-            start = _centroids_together(image, observed, atlas)
+            start = own @ matrix @ np.linalg.inv(atlas.grid.affine)
         else:
-            middle = centroid(shown, image.affine)
+            weight, expected = (observed, atlas.brain > 0.5) if surrounded else (shown, atlas.classes > 0)
             start = np.eye(4)
-            start[:3, 3] = middle - centroid(atlas.classes > 0, atlas.grid.affine)
+            if Rotation.from_matrix(frame[:3, :3]).magnitude() > _OBLIQUE:
+                start[:3, :3] = np.linalg.inv(frame)[:3, :3]
+            start[:3, 3] = centroid(weight, own) - start[:3, :3] @ centroid(expected, atlas.grid.affine)
         classes = Volume(atlas.classes.astype(np.float32), atlas.grid.affine)
         moving = volume(np.where(observed, shown, 0))
-        return cls(atlas, classes, moving, volume(observed), start, near, beyond, field)
+        return cls(own, frame, atlas, classes, moving, volume(observed), start, near, beyond, field)
 
     @property
     def seen(self) -> Volume:
@@ -202,7 +214,7 @@ class _Pair:
 
 
 def _registered(pair: _Pair, kind: str) -> np.ndarray:
-    """The world matrix of most mutual information, from several starts of a lattice."""
+    """The world matrix, to the scan's own mm, of most mutual information, from several starts of a lattice."""
     probe = Probe.of(pair.classes, pair.moving, pair.near | pair.beyond)
     near, far = (-10.0, 0.0, 10.0), (-25.0, 0.0, 25.0)
     up = (-50.0, *far, 50.0)  # a neck pulls a head's middle down
@@ -224,6 +236,18 @@ def _registered(pair: _Pair, kind: str) -> np.ndarray:
     return most_informative(fine, best[0], kind)[0]
 
 
+def _own_millimetres(affine: np.ndarray) -> np.ndarray:
+    """(4, 4): voxels to mm from the first voxel on, each axis along the one of RAS that is next to it; shear stays."""
+    turned = io_orientation(affine)
+    spacing = [float(f"{size:.{_DIGITS}g}") for size in spacing_of(affine)]
+    axes = np.zeros((3, 3))
+    axes[turned[:, 0].astype(int), range(3)] = turned[:, 1] * spacing
+    _, shear = polar(affine[:3, :3] @ np.linalg.inv(axes))
+    own = np.eye(4)
+    own[:3, :3] = np.round(shear, _DIGITS - 1) @ axes
+    return own
+
+
 def _nudged(
     comparison: Comparison, best: tuple[np.ndarray, float], kind: str, times: int, length: float
 ) -> tuple[np.ndarray, float]:
@@ -239,10 +263,10 @@ def _nudged(
     return best
 
 
-def _checked(pair: _Pair, kind: str, world: np.ndarray, image: Image, observed: np.ndarray) -> Alignment:
-    """The alignment with its quality. InputError where it is implausible."""
-    grid = pair.atlas.grid
-    matrix = np.linalg.inv(image.affine) @ world @ grid.affine
+def _checked(pair: _Pair, kind: str, to_own: np.ndarray, image: Image, observed: np.ndarray) -> Alignment:
+    """The alignment with its quality, of a world matrix to the scan's own mm. InputError where it is implausible."""
+    grid, world = pair.atlas.grid, pair.frame @ to_own
+    matrix = np.linalg.inv(pair.own) @ to_own @ grid.affine
     stretch = np.linalg.svd(world[:3, :3], compute_uv=False)
     scale = float(np.linalg.det(world[:3, :3]))
     if not SCALES[0] < scale < SCALES[1]:
@@ -262,7 +286,7 @@ def _checked(pair: _Pair, kind: str, world: np.ndarray, image: Image, observed: 
     if overlap < least:
         raise _failed(image, f"overlap with the prior's brain {overlap:.2f}, expected at least {least:g}")
     judge = pair.judge()
-    better = gain(lambda place: float(judge.information(torch.from_numpy(place))), world, _AWAY)
+    better = gain(lambda place: float(judge.information(torch.from_numpy(place))), to_own, _AWAY)
     if better < LEAST_GAIN[pair.field]:
         raise _failed(image, f"the prior explains the scan {better:.2f} times as well as 20 mm away")
     return Alignment(kind, matrix, world, float(overlap), better, pair.atlas)

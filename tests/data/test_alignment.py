@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from ppl_seg.data.alignment import LEAST_GAIN, Alignment, align_scan
@@ -111,6 +112,28 @@ def test_registering_twice_gives_the_same():
     image = scan_of(classes, moved(affine, (5, 5, 5), (9, 9, 9))[0], BRIGHT)
     first, second = (align_scan("affine", image, observed_of(image), atlas(False), "brain") for _ in range(2))
     np.testing.assert_array_equal(first.matrix, second.matrix)
+
+
+@pytest.mark.parametrize("heads", [True, False])
+def test_a_header_that_puts_it_elsewhere_changes_nothing(heads):
+    classes, affine = head_labels(heads)
+    elsewhere, world = moved(affine, (18, -20, 15), (30, -25, 28))
+    images = [scan_of(classes, at.astype(np.float32).astype(float), BRIGHT) for at in (affine, elsewhere)]
+    field = "head" if heads else "brain"
+    one, other = (align_scan("affine", image, observed_of(image), atlas(heads), field) for image in images)
+    np.testing.assert_array_equal(one.matrix, other.matrix)
+    np.testing.assert_allclose(world @ one.world, other.world, atol=1e-3)
+
+
+def test_a_sheared_grid_is_not_made_right_by_turning():
+    classes, affine = head_labels(heads=False)
+    shear = np.eye(4)
+    shear[0, 1] = 0.05
+    places = np.linalg.inv(affine) @ shear @ affine
+    image = scan_of(ndimage.affine_transform(classes, places[:3, :3], places[:3, 3], order=0), shear @ affine, BRIGHT)
+    found = align_scan("rigid", image, observed_of(image), atlas(False), "brain")
+    assert error_in_mm(found, np.eye(4)) < SPACING / 3
+    np.testing.assert_allclose(found.world[:3, :3].T @ found.world[:3, :3], np.eye(3), atol=2e-4)
 
 
 def test_none_and_center_are_what_the_headers_say():

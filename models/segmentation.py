@@ -52,11 +52,6 @@ class SegmentationModel(PyroModule):
         """What to give to an ELBO: 1 collapsed, 2 enumerated."""
         return 1 if self.form == "collapsed" else 2
 
-    def with_shape(self, shape_prior: LabelPrior) -> SegmentationModel:
-        """This program on another shape prior; all else is shared."""
-        rest = (self.likelihood_power, self.form, self.shared_intensity, self.intensity_prior)
-        return SegmentationModel(shape_prior, self.intensity, *rest)
-
     def forward(
         self,
         scan: Tensor | None = None,

@@ -17,7 +17,7 @@ from ppl_seg.data.loading import labels_on_grid
 from ppl_seg.errors import InputError
 from ppl_seg.guides.families import Family, build_family
 from ppl_seg.inference.expectation import MapOptions, label_responsibilities, localise, update_theta
-from ppl_seg.inference.label_fusion import fuse
+from ppl_seg.inference.label_fusion import map_weights
 from ppl_seg.inference.label_training import log_label_marginals
 from ppl_seg.inference.posterior import Posterior, best_start, factor_of, infer, start_theta
 from ppl_seg.inference.recipes import Recipe
@@ -109,7 +109,8 @@ def _own_template(learned: LearnedModel, recipe: Recipe, found: Inference) -> Wa
     if not recipe.fusion_power or not isinstance(atlas, WarpedAtlas) or not len(atlas.label_maps):
         return None
     blur, z = recipe.fusion_blur / min(learned.grid.spacing), found.posterior.q.mean[0]
-    return fuse(found.program, z, *found.data, found.posterior.theta, blur, recipe.fusion_power)
+    weights = map_weights(found.program, z, *found.data, found.posterior.theta, blur, recipe.fusion_power)
+    return atlas.reweighted(weights)
 
 
 def _localised(learned: LearnedModel, recipe: Recipe, found: Inference) -> Inference:

@@ -53,18 +53,3 @@ def map_weights(
     summed = (2 * math.pi) ** (axes / 2) * blur**axes  # 1 / G(0) of the Gaussian that sums to 1
     weights: Tensor = (power * summed * gaussian_blur(evidence[None], blur)[0]).softmax(0)
     return weights
-
-
-def fuse(
-    model: SegmentationModel,
-    z: Tensor,
-    scan: Tensor,
-    observed: Tensor,
-    theta: IntensityParameters,
-    blur: float,
-    power: float,
-) -> WarpedAtlas:
-    """The program's atlas with the template that `map_weights` makes for a scan; arguments as there."""
-    atlas = model.shape_prior
-    assert isinstance(atlas, WarpedAtlas)
-    return atlas.reweighted(map_weights(model, z, scan, observed, theta, blur, power))

@@ -29,6 +29,7 @@ from ppl_seg.data.groupwise import align_maps, code_map
 from ppl_seg.data.images import Image, describe_spacings, read_label_map
 from ppl_seg.data.labels import LabelTable, apply_map, composed, merge_sides
 from ppl_seg.data.loading import label_positions, labels_on_grid
+from ppl_seg.data.mirror import mirror_plane, other_side, reflection
 from ppl_seg.data.names import parse_name
 from ppl_seg.data.nifti import open_image
 from ppl_seg.data.tables import read_value_map, table_for
@@ -50,7 +51,8 @@ class LabelMaps:
     """Label maps on one grid.
 
     field_of_view: brain, head or crop. labels: (n, *grid) positions. observed: (n, 1, *grid). persons: who each belongs
-    to. fine: (n, X, Y, Z) positions in voxels half as large, UNKNOWN where a map ends, where asked for.
+    to. mirrored: of brains and heads labels and observed of their mirror images, where labels come in pairs. fine:
+    (n, X, Y, Z) positions in voxels half as large, UNKNOWN where a map ends, where asked for.
     """
 
     table: LabelTable
@@ -60,6 +62,7 @@ class LabelMaps:
     labels: Tensor
     observed: Tensor
     persons: list[str]
+    mirrored: tuple[Tensor, Tensor] | None = None
     fine: Tensor | None = None
 
 
@@ -150,9 +153,12 @@ def learn_prior(
         hashes = [file_sha256(path) for file in found for path in file.paths]
         begin_training(out, identity | {"label maps": hashes}, resume)
     held_out = held_out_persons(maps.persons)
-    kept = ~held_out
-    location = location_prior(maps.labels[kept], maps.observed[kept], len(maps.table))
-    lesson = Lesson(location, maps.labels, maps.observed, held_out, min(maps.grid.spacing), guide, objective)
+    taught, seen, judges = maps.labels, maps.observed, held_out
+    if chosen == WARP and maps.mirrored is not None:
+        taught, seen = (torch.cat(both) for both in zip((taught, seen), maps.mirrored, strict=True))
+        judges = held_out.repeat(2)
+    location = location_prior(taught[~judges], seen[~judges], len(maps.table))
+    lesson = Lesson(location, taught, seen, judges, min(maps.grid.spacing), guide, objective)
     if chosen == WARP:
         learned = learn_warp(lesson, options, out, progress)
     else:
@@ -239,8 +245,8 @@ def load_label_maps(
     )
     say(messages)
     placed = [labels_on_grid(image, table, mapping, m, grid.shape) for image, m in zip(images, matrices, strict=True)]
-    kind = torch.uint8 if len(table) <= 256 else torch.int16
-    positions = torch.stack([p for p, _ in placed]).to(kind)
+    positions, observed = _stacked(placed, table)
+    mirrored = None if view == "crop" else mirror_images(images, matrices, table, mapping, grid, positions)
     fine = None
     if with_fine:
         if min(grid.shape) == 1:
@@ -251,7 +257,37 @@ def load_label_maps(
         shown = (labels_on_grid(i, table, mapping, m @ halves, shape) for i, m in both)
         fine = torch.stack([torch.where(inside[0], labels.to(torch.int16), UNKNOWN) for labels, inside in shown])
     persons = [parse_name(file.path).entities.get("sub", str(file.path)) for file in found]
-    return LabelMaps(table, grid, chosen, view, positions, torch.stack([o for _, o in placed]), persons, fine)
+    return LabelMaps(table, grid, chosen, view, positions, observed, persons, mirrored, fine)
+
+
+def mirror_images(
+    images: Sequence[Image],
+    matrices: Sequence[np.ndarray],
+    table: LabelTable,
+    mapping: dict[int, int],
+    grid: Grid,
+    positions: Tensor,
+) -> tuple[Tensor, Tensor] | None:
+    """The label maps' mirror images on the grid, and what of them is observed, or None where there is no plane.
+
+    positions: of the maps as they are, (n, *grid). They say where the plane between the sides lies.
+    """
+    other = other_side(table)
+    plane = mirror_plane(positions, other, min(grid.spacing))
+    if plane is None:
+        return None
+    turned = reflection(*plane)
+    placed = (
+        labels_on_grid(image, table, mapping, matrix @ turned, grid.shape)
+        for image, matrix in zip(images, matrices, strict=True)
+    )
+    return _stacked([(other[labels], inside) for labels, inside in placed], table)
+
+
+def _stacked(placed: Sequence[tuple[Tensor, Tensor]], table: LabelTable) -> tuple[Tensor, Tensor]:
+    """Positions (n, *grid), as small as they can be, and what is observed (n, 1, *grid)."""
+    positions, observed = zip(*placed, strict=True)
+    return torch.stack(positions).to(torch.uint8 if len(table) <= 256 else torch.int16), torch.stack(observed)
 
 
 def bring_together(

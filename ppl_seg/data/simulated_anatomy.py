@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ppl_seg.data.augmentation import UNKNOWN, Deformation, random_positions
 from ppl_seg.data.labels import FLUID, LabelTable
+from ppl_seg.data.mirror import mirror_plane, other_side
 
 # Label maps lie where affine registration put them, and so will scans; people differ by more than these maps do.
 DEFORMATION = Deformation(rotation=3.0, scale=0.04, shear=0.02, translation=2.0, elastic=2.0, elastic_spacing=16.0)
@@ -17,11 +16,6 @@ DEFORMATION = Deformation(rotation=3.0, scale=0.04, shear=0.02, translation=2.0,
 GROWTHS, GROWTH, REACH = 12, (-0.1, 0.6), (6.0, 12.0)  # how many places; by what share; sd, mm
 LARGEST = 0.8  # share of all that are near: less than 1, so that nothing folds
 STRIDE = 4  # voxels between which the growth is interpolated
-TOLERANCE = 10.0  # mm between a label's mirror image and its namesake on the other side
-SMALLEST = 100.0  # mm³ of a label, for its place to count
-
-_OTHER = {"left": "right", "right": "left", "lh": "rh", "rh": "lh", "l": "r", "r": "l"}
-_SIDE = re.compile(r"left|right|(?<![a-z])(?:lh|rh|l|r)(?![a-z])")
 
 
 class AnatomySimulator:
@@ -80,47 +74,3 @@ class AnatomySimulator:
         size = [STRIDE * n + 1 for n in shift.shape[1:]]
         fine = functional.interpolate(padded, size, mode="trilinear", align_corners=True)[0]
         return places + fine[(slice(None), *(slice(n) for n in places.shape[:3]))].movedim(0, -1)
-
-
-def other_side(table: LabelTable) -> Tensor:
-    """(M,) the position of each label's mirror image: its namesake on the other side, or itself."""
-    names = [name.lower() for name in table.names]
-    swapped = [_SIDE.sub(lambda side: _OTHER[side[0]], name) for name in names]
-    return torch.tensor([names.index(other) if other in names else i for i, other in enumerate(swapped)])
-
-
-def mirror_plane(label_maps: Tensor, other: Tensor, spacing: float) -> tuple[Tensor, float] | None:
-    """Unit normal (3,) and offset of the plane between the sides, voxels: x · normal = offset.
-
-    None where no labels come in pairs, or one's mirror image lies elsewhere than its namesake on the other side, as
-    where maps show a single side.
-
-    Args:
-        label_maps: positions, (n, X, Y, Z). other: see `other_side`. spacing: mm.
-    """
-    counts, centres = centroids(label_maps, len(other))
-    there = (counts * spacing**3 > SMALLEST * len(label_maps)).index_fill(0, torch.tensor(0), False)
-    paired = there & there[other] & (other > torch.arange(len(other)))
-    if not bool(paired.any()):
-        return None
-    apart, weight = (centres[other] - centres)[paired], counts[paired]
-    # which side comes first in the table is not said
-    apart = apart * (apart @ apart[weight.argmax()]).sign().unsqueeze(1)
-    normal = functional.normalize(weight @ functional.normalize(apart, dim=1), dim=0)
-    offset = float(weight @ (0.5 * (centres + centres[other])[paired] @ normal) / weight.sum())
-    image = centres - 2 * (centres @ normal - offset).unsqueeze(1) * normal
-    astray = (image - centres[other]).norm(dim=1) * spacing > TOLERANCE
-    return None if bool((astray & there).any()) else (normal, offset)
-
-
-def centroids(label_maps: Tensor, num_labels: int) -> tuple[Tensor, Tensor]:
-    """Voxels of each label in all maps, (M,), and its centroid, voxels, (M, 3)."""
-    axes = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in label_maps.shape[1:]), indexing="ij")
-    totals = torch.zeros(4, num_labels)
-    for one in label_maps:
-        known = one != UNKNOWN
-        labels = one[known].long()
-        totals[0] += torch.bincount(labels, minlength=num_labels)
-        for total, axis in zip(totals[1:], axes, strict=True):
-            total += torch.bincount(labels, axis[known], minlength=num_labels)
-    return totals[0], (totals[1:] / totals[0].clamp(min=1)).T

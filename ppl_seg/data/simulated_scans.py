@@ -17,7 +17,7 @@ from torch.nn import functional
 from ppl_seg.data.augmentation import UNKNOWN
 from ppl_seg.data.fields import brain_labels
 from ppl_seg.data.labels import FLUID, LabelTable
-from ppl_seg.data.simulated_anatomy import other_side
+from ppl_seg.data.mirror import other_side
 
 # Where a class lies between grey matter, 0, and white matter, 1, in most contrasts.
 BETWEEN = {

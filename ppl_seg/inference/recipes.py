@@ -14,6 +14,7 @@ from .objectives import OBJECTIVES
 
 USUAL_POWER = 0.05  # β, where nothing else is said
 LOCAL_BLUR = 4.0  # mm, of brains' weights
+STRENGTHS = (1.0, 0.5)  # of a warped atlas of brains or heads
 FUSION_BLUR = 12.0  # mm, of what is said of a label map
 FUSION_POWER_OF_A_CUBIC_MM = 0.00125  # 0.01 on a grid of 2 mm
 POWER_OF_A_CUBIC_MM = 0.00625  # β of brains and heads, for each mm³ of a voxel: 0.05 on a grid of 2 mm
@@ -245,6 +246,7 @@ def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float, wa
         maps=None,
         readout_power=0.5,
         likelihood_power=min(1.0, POWER_OF_A_CUBIC_MM * voxel_volume) if power is None else power,
+        strengths=STRENGTHS if warped else recipe.strengths,
     )
     if field_of_view == "head":
         pseudo = replace(recipe.pseudo, sd_share=min(1.0, recipe.pseudo.sd_share))
@@ -254,4 +256,4 @@ def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float, wa
         return recipe
     if recipe.shape == "prior":
         recipe = replace(recipe, fusion_power=min(1.0, FUSION_POWER_OF_A_CUBIC_MM * voxel_volume))
-    return replace(recipe, mask_background=0.2, mask_fluid=0.4, strengths=(1.0, 0.5))
+    return replace(recipe, mask_background=0.2, mask_fluid=0.4)

@@ -33,11 +33,16 @@ def test_brains_get_constant_background_weights() -> None:
     assert recipe.fusion_power == 0 < warped.fusion_power < warped.beta
     assert recipe_for_field(build_recipe("location-em"), "brain", 8.0, warped=True).fusion_power == 0
     assert recipe_for_field(recipe, "brain", 8.0) == recipe
-    assert len(recipe.strengths) == 1 < len(recipe_for_field(recipe, "brain", 8.0, warped=True).strengths)
     coarse = recipe_for_field(build_recipe("default"), "brain", 64.0)
     assert coarse.beta == pytest.approx(8 * recipe.beta)
     for asked in (0.3, 0.05):
         assert recipe_for_field(build_recipe("default", likelihood_power=asked), "brain", 8.0).beta == asked
+
+
+@pytest.mark.parametrize("field", ["brain", "head"])
+def test_the_bound_chooses_how_far_an_atlas_is_deformed(field: str) -> None:
+    plain, warped = (recipe_for_field(build_recipe("default"), field, 8.0, warped) for warped in (False, True))
+    assert plain.strengths == (1.0,) and warped.strengths == (1.0, 0.5)
 
 
 def test_the_notes_model_stays_what_it_is() -> None:

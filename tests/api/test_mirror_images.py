@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ppl_seg import learn_prior
-from ppl_seg.api.prior import load_label_maps
+from ppl_seg.api.prior import LabelMaps, load_label_maps
 from ppl_seg.data.cohort import find_label_maps
 from ppl_seg.data.mirror import other_side
 from ppl_seg.models.warped_atlas import WarpedAtlas
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def load(folder: Path, merge: bool):
+def load(folder: Path, merge: bool) -> LabelMaps:
     return load_label_maps(find_label_maps([folder]), folder / "labels.tsv", None, merge, None, "none")
 
 

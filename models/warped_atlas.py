@@ -145,14 +145,28 @@ class WarpedAtlas(LabelPrior):
         scores = warped.clamp(min=FLOOR).log().sub_(self.log_location_prior.flatten(1)[:, voxels])
         return scores.view(*z.shape[:-1], *scores.shape[1:])
 
+    def sketch(self, z: Tensor, voxels: Voxels) -> Tensor:
+        """φ_z(j) of the voxels, (..., d, n)."""
+        return self.places(z, voxels)
+
+    def sketched_probs(self, sketches: Tensor, rows: Tensor, voxels: Tensor, labels: Tensor) -> Tensor:
+        """As a prior's; neighbouring voxels come from a small part of the atlas."""
+        places = sketches[:, rows].flatten(1)
+        edge = torch.tensor(self.grid, dtype=places.dtype, device=places.device)[:, None] - 1
+        places.clamp_(min=0).clamp_(max=edge)
+        low, high = places.amin(1).floor(), places.amax(1).ceil()
+        box = [slice(int(first), int(last) + 1) for first, last in zip(low, high, strict=True)]
+        part = self._probabilities()[(slice(None), *box)][labels]
+        return self._sampled(part[None], (places - low[:, None])[None]).view(len(labels), len(rows), -1)
+
     def on_template(self, volumes: Tensor, z: Tensor) -> Tensor:
         """What a scan of deformation z (D,) has on the grid, (C, *grid), where the template has it."""
         return self._sampled(volumes[None], self.places(-z, EVERYWHERE)[None]).view(volumes.shape)
 
     def _sampled(self, volumes: Tensor, places: Tensor) -> Tensor:
-        """(B, C, *grid) at places (B, d, n), linearly: (B, C, n). Beyond the grid its edge."""
-        edge = torch.tensor(self.grid, dtype=places.dtype, device=places.device)[:, None]
-        there = ((2 * places + 1) / edge - 1).flip(1).mT.unflatten(1, (*[1] * (len(self.grid) - 1), -1))
+        """(B, C, *sizes) at places (B, d, n), linearly: (B, C, n). Beyond the volumes their edge."""
+        sizes = torch.tensor(volumes.shape[2:], dtype=places.dtype, device=places.device)[:, None]
+        there = ((2 * places + 1) / sizes - 1).flip(1).mT.unflatten(1, (*[1] * (len(self.grid) - 1), -1))
         return functional.grid_sample(volumes, there, padding_mode="border", align_corners=False).flatten(2)
 
     def _probabilities(self) -> Tensor:

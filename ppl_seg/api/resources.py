@@ -13,7 +13,7 @@ from ppl_seg.api.model import Model
 from ppl_seg.api.output import LOGGER
 from ppl_seg.errors import InputError
 from ppl_seg.inference.recipes import Recipe
-from ppl_seg.results.readout import SCORES, SLAB
+from ppl_seg.results.readout import SKETCHES, SLAB
 
 SHARES = (1.0, 1 / 4, 1 / 16)  # of the read-out's usual working memory: what is tried in turn
 # Measured peaks, rounded up (3 to 33 labels, grids of 8 k to 860 k voxels), in bytes.
@@ -36,10 +36,10 @@ def segment_memory(
     labels, grid = len(model.table), math.prod(model.grid.shape)
     infer = _PER_LABEL_AND_GRID_VOXEL * labels * grid
     slab = 4.0 * min(share * SLAB, labels * voxels)
-    scores = 12.0 * min(share * SCORES, draws * labels * grid)
+    sketches = 12.0 * min(share * SKETCHES, draws * labels * grid)
     kept = voxels * (9.0 * labels * probabilities + 4.0 * draws * save_draws)
     own = voxels * (_PER_VOXEL + _PER_CHANNEL_AND_VOXEL * channels)
-    return _LIBRARIES + own + max(infer, slab + scores + kept)
+    return _LIBRARIES + own + max(infer, slab + sketches + kept)
 
 
 def prior_memory(voxels: int, label_steps: int) -> float:

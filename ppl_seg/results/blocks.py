@@ -1,7 +1,4 @@
-"""A scan's own voxels in blocks of neighbours, and what each takes from the prior's grid: a few rows, weighted.
-
-The weights hold for every draw and label, so that a block's interpolation is one weighted sum of table rows.
-"""
+"""A scan's own voxels in blocks of neighbours, and where they lie on the prior's grid."""
 
 from __future__ import annotations
 
@@ -12,10 +9,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from ppl_seg.models.interpolation import unravel
 
 BLOCK = 4096  # voxels: a block's numbers stay in cache
-Rows = tuple[Tensor, Tensor]  # index (V, T) int32 and weight (V, T): which rows of a table, and how much of each
 
 
 def blocks(shape: Sequence[int], steps: Sequence[float]) -> Iterator[tuple[slice, ...]]:
@@ -32,71 +29,7 @@ def blocks(shape: Sequence[int], steps: Sequence[float]) -> Iterator[tuple[slice
         yield tuple(slice(first, first + side) for first, side in zip(start, sides, strict=True))
 
 
-def linear_rows(places: Tensor, shape: Sequence[int], kernels: Sequence[Sequence[float]] = ()) -> Rows:
-    """Multilinear interpolation of an array at `places` (V, axes), fractional voxels; beyond the edge, the edge.
-
-    kernels: weights (odd number) that the array is convolved with along each axis before that, edges continued.
-    """
-    index = places.new_zeros(len(places), 1, dtype=torch.int32)
-    weight = places.new_ones(len(places), 1)
-    for axis, size in enumerate(shape):
-        at = places[:, axis].clamp(0, size - 1)
-        low = at.floor().clamp(max=max(size - 2, 0))
-        rest = at - low
-        kernel = kernels[axis] if kernels and size > 1 else (1.0,)
-        radius = len(kernel) // 2
-        taps = torch.tensor([0.0, *kernel, 0.0], dtype=places.dtype, device=places.device)
-        own = (1 - rest[:, None]) * taps[1:] + rest[:, None] * taps[:-1]
-        steps = torch.arange(-radius, radius + 2, device=places.device)
-        if not bool(rest.any()):
-            own, steps = own[:, :-1], steps[:-1]  # whole voxels
-        chosen = (low[:, None].int() + steps.int()).clamp(0, size - 1)
-        index = (index[:, :, None] * size + chosen[:, None]).flatten(1)
-        weight = (weight[:, :, None] * own[:, None]).flatten(1)
-    return index, weight
-
-
-def compact(index: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """The rows that an index into `total` rows touches, rising (N,), and the index into those."""
-    touched = torch.zeros(total, dtype=torch.bool, device=index.device)
-    touched[index.flatten().long()] = True
-    rows = touched.nonzero()[:, 0]
-    place = torch.empty(total, dtype=torch.int32, device=index.device)
-    place[rows] = torch.arange(len(rows), dtype=torch.int32, device=index.device)
-    return rows, place[index.long()]
-
-
-def weighted_rows(tables: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-    """Σ_t weight_vt · row index_vt of each of the tables (M, N, G): (M, V, G).
-
-    weight: (V, T) for all tables, or (M, V, T).
-    """
-    count, rows, _ = tables.shape
-    offset = rows * torch.arange(count, dtype=torch.int32, device=index.device)
-    everywhere = (index + offset[:, None, None]).flatten(0, 1)
-    weights = weight.expand(count, *index.shape).flatten(0, 1)
-    summed = functional.embedding_bag(everywhere, tables.flatten(0, 1), mode="sum", per_sample_weights=weights)
-    return summed.unflatten(0, (count, len(index)))
-
-
 def positions(voxels: Tensor, shape: Sequence[int], matrix: np.ndarray) -> Tensor:
     """(V, 3) float64: where `matrix` takes the voxels of an array, given by flat index (V,)."""
     affine = torch.as_tensor(np.asarray(matrix, dtype=np.float64), device=voxels.device)
     return unravel(voxels, shape).double() @ affine[:3, :3].T + affine[:3, 3]
-
-
-def unravel(voxels: Tensor, shape: Sequence[int]) -> Tensor:
-    """Places (V, axes) of flat indices (V,)."""
-    places = []
-    for size in reversed(shape):
-        places.append(voxels % size)
-        voxels = voxels // size
-    return torch.stack(places[::-1], -1)
-
-
-def ravel(places: Tensor, shape: Sequence[int]) -> Tensor:
-    """Flat index (V,) of whole places (V, axes)."""
-    flat = torch.zeros_like(places[:, 0])
-    for axis, size in enumerate(shape):
-        flat = flat * size + places[:, axis]
-    return flat

@@ -90,29 +90,35 @@ class LabelNoise:
         noises = (Noise.draw(kinds, draws, spacing, like) for kinds in (len(members), len(class_of_label)))
         return cls(members, *noises)
 
-    def winners(self, draws: slice, r: Tensor, places: Tensor) -> Tensor:
+    def winners(self, draws: slice, r: Tensor, labels: Sequence[int], places: Tensor) -> Tensor:
         """The labels of some draws, (V, G) int64.
 
         Args:
-            r: marginals, (M, V, G). places: (V, 3), on the prior's grid, voxels.
+            r: marginals, (L, V, G). labels: whose, (L,), rising; no other label is drawn.
+            places: (V, 3), on the prior's grid, voxels.
         """
+        of_label = dict(zip(labels, r, strict=True))
         best, drawn = r.new_zeros(r.shape[1:]), torch.zeros(r.shape[1:], dtype=torch.int64, device=r.device)
-        for number, labels in enumerate(self.members):  # one after another: a class' numbers stay in cache
-            total, label = self._within(draws, r, labels, places)
+        for number, members in enumerate(self.members):  # one after another: a class' numbers stay in cache
+            here = {label: of_label[label] for label in members if label in of_label}
+            if not here:
+                continue
+            total, label = self._within(draws, here, places)
             score = total / self.of_classes.at(places, number, draws)
             drawn = torch.where(score > best, label, drawn)
             torch.maximum(best, score, out=best)
         return drawn
 
-    def _within(self, draws: slice, r: Tensor, labels: Sequence[int], places: Tensor) -> tuple[Tensor, Tensor]:
+    def _within(self, draws: slice, r: dict[int, Tensor], places: Tensor) -> tuple[Tensor, Tensor]:
         """r of some labels together, (V, G), and which of them it is, (V, G), or () where it is the only one."""
-        if len(labels) == 1:
-            return r[labels[0]], torch.tensor(labels[0], device=r.device)
-        total, best = torch.zeros_like(r[0]), torch.zeros_like(r[0])
-        drawn = torch.full(total.shape, labels[0], device=r.device)
-        for label in labels:
-            total += r[label]
-            score = r[label] / self.of_labels.at(places, label, draws)
+        first, *others = r
+        if not others:
+            return r[first], torch.tensor(first, device=places.device)
+        total = torch.stack(list(r.values())).sum(0)
+        best = torch.zeros_like(total)
+        drawn = torch.full(total.shape, first, device=places.device)
+        for label, of_label in r.items():
+            score = of_label / self.of_labels.at(places, label, draws)
             drawn.masked_fill_(score > best, label)
             torch.maximum(best, score, out=best)
         return total, drawn

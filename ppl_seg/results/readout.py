@@ -19,16 +19,18 @@ from torch import Tensor
 
 from ppl_seg.data.resampling import blur_kernels, whole_voxels, within
 from ppl_seg.models.intensity import IntensityParameters
+from ppl_seg.models.interpolation import compact, linear_rows, ravel, weighted_rows
 from ppl_seg.models.segmentation import SegmentationModel
 from ppl_seg.models.shape_prior import LabelPrior
-from ppl_seg.results.blocks import BLOCK, blocks, compact, linear_rows, positions, ravel, unravel, weighted_rows
+from ppl_seg.results.blocks import BLOCK, blocks, positions
 from ppl_seg.results.label_noise import LabelNoise
 
 ReadoutName = Literal["marginals", "decoder"]
 Run = Callable[..., Iterator[Any]]  # `map`, or that of a pool of threads
-Draw = Callable[[Tensor, Tensor], Tensor]
-GROUP = 5 * 2**20  # numbers: label probabilities of a block for the draws that are read together; they stay in cache
-SCORES = 2**27  # numbers: label scores of those draws, as the decoder computes them
+Draw = Callable[[Tensor, Sequence[int], Tensor], Tensor]
+GROUP = 20 * 2**20  # numbers: labels × voxels of a block × draws that are read together; few labels are in a block
+SKETCHES = 2**27  # numbers: what the prior says of those draws, as it computes it
+RARE, USUAL = 1e-3, 10  # a label less probable in all of a block, over so many draws, is drawn nowhere there
 FEWEST_BLOCKS = 64  # from which threads are worth their start
 SLAB = 2**27  # numbers: label marginals that are summed at a time; each slab of voxels decodes the draws anew
 
@@ -104,10 +106,11 @@ def read_out(
         for slab in _slabs(all_blocks, int(share * SLAB) // count):
             sums = [scan.new_zeros(count, len(voxels)) for voxels in slab]
             wanted = reader.touched(slab)
-            for first, scores in _decoded(model.shape_prior, z, wanted, share, run):
-                some = slice(first, first + scores.shape[-1])
+            usual = _usual(model.shape_prior, z, wanted)
+            for first, sketches in _sketched(model.shape_prior, z, wanted, share, run):
+                some = slice(first, first + sketches.shape[-1])
                 draw = partial(noise.winners, some)
-                read = partial(reader.read, scores, wanted, draw, None if draws is None else draws[some])
+                read = partial(reader.read, sketches, wanted, usual, draw, None if draws is None else draws[some])
                 for drawn, evidence in run(read, slab, sums):
                     counts[some] += drawn
                     log_likelihood[some] += evidence
@@ -148,7 +151,7 @@ class _Reader:
         share = 0.0 if log_u is None or pooled is None else pooled
         # exponents of f, of the intensities, of the label guide
         self.own_power, self.power, self.guide_power = 1 - share, (1 - share) * power, 1.0 if pooled is None else share
-        self.own = tuple(scan.shape[1:])
+        self.own, self.shape_prior = tuple(scan.shape[1:]), model.shape_prior
         self.grid = (*model.shape_prior.grid, 1)[:3]  # a 2-D grid is one slice
         self.log_location = model.shape_prior.log_location_prior.flatten(1)
         self.log_u = None if log_u is None else log_u.flatten(1)
@@ -180,61 +183,69 @@ class _Reader:
 
     @torch.no_grad()
     def read(
-        self, scores: Tensor, wanted: Tensor, draw: Draw, draws: Tensor | None, voxels: Tensor, sums: Tensor
+        self,
+        sketches: Tensor,
+        wanted: Tensor,
+        usual: Tensor,
+        draw: Draw,
+        draws: Tensor | None,
+        voxels: Tensor,
+        sums: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Read one block for a group of G draws.
 
         Args:
-            scores, wanted: as `_decoded` has them. draw: labels (V, G) of r and places.
+            sketches, wanted: as `_sketched` has them. usual: mean f there, (M, n). draw: labels (V, G) of r, whose rows
+                these are, and places.
             draws: (G, J), to be filled, or None. voxels: flat indices (V,). sums: (M, V), to which marginals are added.
 
         Returns:
             counts, (G, M), of the drawn labels; log_likelihood of the block's observed voxels, (G,) float64.
         """
-        labels, group = len(scores), scores.shape[-1]
+        count, group = len(usual), sketches.shape[-1]
         places = positions(voxels, self.own, self.to_grid)
         index, weight = linear_rows(places, self.grid, self.kernels)
         weight = weight.to(sums.dtype)
         corners, index = compact(index, self.log_location.shape[1])
-        f = self._label_probs(scores, corners, wanted)  # (M, N, G), on the corners
+        rows = torch.searchsorted(wanted, corners)
         likelihood, peak = self._likelihood(voxels, corners, index, weight)
         seen = self.observed[:, voxels].any(0)
-        r = self._tempered(f, index, weight, likelihood, seen)  # f p(x | label), (M, V, G)
-        evidence = r.sum(0).clamp_(min=torch.finfo(r.dtype).tiny)
+        f = usual[:, rows, None]
+        rest = self._tempered(f, torch.zeros_like(f[0]), index, weight, likelihood, seen)[..., 0]  # (M, V), of the labels not here
+        here = (rest > RARE * rest.sum(0)).any(1) if self.name == "marginals" else torch.ones_like(rest[:, 0]).bool()
+        labels = here.nonzero()[:, 0]
+        rest[labels] = 0.0
+        others = f[~here].pow(self.own_power).sum(0)
+        f = self.shape_prior.sketched_probs(sketches, rows, corners, labels)  # (L, N, G), on the corners
+        r = self._tempered(f, others, index, weight, likelihood[labels], seen)  # f p(x | label), (L, V, G)
+        evidence = (r.sum(0) + rest.sum(0)[:, None]).clamp_(min=torch.finfo(r.dtype).tiny)
         r /= evidence
-        sums += weighted_rows(f.sum(-1, keepdim=True), index, weight)[..., 0] if self.name == "decoder" else r.sum(-1)
-        drawn = draw(r, places.to(r.dtype))
+        if self.name == "decoder":
+            sums += weighted_rows(f.sum(-1, keepdim=True), index, weight)[..., 0]
+        else:
+            sums += rest * evidence.reciprocal().sum(-1)
+            sums[labels] += r.sum(-1)
+        drawn = draw(r, labels.tolist(), places.to(r.dtype))
         if draws is not None:
             draws[:, voxels] = drawn.T.to(draws.dtype)
-        drawn += labels * torch.arange(group, device=drawn.device)
-        counts = torch.bincount(drawn.flatten(), minlength=labels * group).view(group, labels)
+        drawn += count * torch.arange(group, device=drawn.device)
+        counts = torch.bincount(drawn.flatten(), minlength=count * group).view(group, count)
         log_likelihood = (evidence.log_() + peak.unsqueeze(-1))[seen].sum(0, dtype=torch.float64)
         return counts.cpu(), log_likelihood.cpu()
 
-    def _label_probs(self, scores: Tensor, corners: Tensor, wanted: Tensor) -> Tensor:
-        """f at some voxels of the prior's grid, (M, N, G)."""
-        if scores.dim() == 3:  # no coarse grid: scores of the wanted voxels
-            f = scores[:, torch.searchsorted(wanted, corners)]
-        else:
-            coarse = (*scores.shape[1:-1], 1)[:3]
-            ratio = torch.tensor([c / n for c, n in zip(coarse, self.grid, strict=True)], dtype=torch.float64)
-            places = unravel(corners, self.grid).double()
-            index, weight = linear_rows((places + 0.5) * ratio.to(places.device) - 0.5, coarse)  # as `enlarge`
-            f = weighted_rows(scores.flatten(1, -2), index, weight.to(scores.dtype))
-        f += self.log_location[:, corners, None]
-        f -= f.amax(0)
-        f.exp_()
-        f /= f.sum(0)
-        return f
+    def _tempered(
+        self, f: Tensor, others: Tensor, index: Tensor, weight: Tensor, likelihood: Tensor, seen: Tensor
+    ) -> Tensor:
+        """f^own_power · likelihood of some labels, where nothing is seen f, (L, V, G).
 
-    def _tempered(self, f: Tensor, index: Tensor, weight: Tensor, likelihood: Tensor, seen: Tensor) -> Tensor:
-        """f^own_power · likelihood, where nothing is seen f, (M, V, G)."""
+        f: on the prior's grid, (L, N, G). others: Σ f^own_power of the other labels, (N, 1). likelihood: (L, V).
+        """
         weights = weight * likelihood.unsqueeze(-1)
         if self.own_power == 1:
             return weighted_rows(f, index, weights)
         # on the prior's grid, where voxels are fewer
         tempered = f**self.own_power
-        r = weighted_rows(tempered / tempered.sum(0), index, weights)
+        r = weighted_rows(tempered / (tempered.sum(0) + others), index, weights)
         if not bool(seen.all()):
             r[:, ~seen] = weighted_rows(f, index[~seen], weight[~seen])
         return r
@@ -254,28 +265,37 @@ class _Reader:
         return (log_likelihood - peak).exp(), peak
 
 
-def _decoded(shape: LabelPrior, z: Tensor, wanted: Tensor, share: float, run: Run) -> Iterator[tuple[int, Tensor]]:
-    """Label scores of a group of draws, and its first draw: (M, *coarse grid, G), or (M, n, G) of the wanted voxels.
+def _usual(shape: LabelPrior, z: Tensor, wanted: Tensor) -> Tensor:
+    """f of some of the draws, averaged, at voxels of the prior's grid, flat (n,): (M, n)."""
+    chosen = torch.linspace(0, len(z) - 1, min(len(z), USUAL), device=z.device).round().long()
+    location = shape.log_location_prior.flatten(1)[:, wanted]
+    total = torch.zeros_like(location)
+    for one in chosen:
+        total += (shape.flat_scores(z[one], wanted) + location).softmax(0)
+    return total / len(chosen)
 
-    wanted: voxels of the prior's grid, flat, from which they are read.
+
+def _sketched(shape: LabelPrior, z: Tensor, wanted: Tensor, share: float, run: Run) -> Iterator[tuple[int, Tensor]]:
+    """What the prior sketches of a group of G draws, (K, ..., G), and its first draw.
+
+    wanted: voxels of the prior's grid, flat, that are read.
     """
 
-    def decode(one: Tensor) -> Tensor:
+    def sketch(one: Tensor) -> Tensor:
         with torch.no_grad():  # the other threads know nothing of this one's
-            coarse = shape.coarse_scores(one)
-            return shape.flat_scores(one, wanted) if coarse is None else coarse
+            return shape.sketch(one, wanted)
 
-    probe = decode(z[:1])
-    group = max(1, min(GROUP // (BLOCK * probe.shape[1]), int(share * SCORES) // probe.numel()))
+    probe = sketch(z[:1])
+    group = max(1, min(GROUP // (BLOCK * shape.num_labels), int(share * SKETCHES) // probe.numel()))
     for first in range(0, len(z), group):
         some = z[first : first + group]
-        scores = probe.new_empty(*probe.shape[1:], len(some))
+        sketches = probe.new_empty(*probe.shape[1:], len(some))
         for start in range(0, len(some), 8):
             # turned round eight at a time
-            parts = list(run(decode, some[start : start + 8].split(shape.at_once)))
-            scores[..., start : start + 8] = torch.cat(parts).movedim(0, -1)
-        yield first, scores
-        del scores
+            parts = list(run(sketch, some[start : start + 8].split(shape.at_once)))
+            sketches[..., start : start + 8] = torch.cat(parts).movedim(0, -1)
+        yield first, sketches
+        del sketches
 
 
 def _slabs(all_blocks: list[Tensor], size: int) -> Iterator[list[Tensor]]:

@@ -8,7 +8,8 @@ import torch
 
 from ppl_seg.data.resampling import blur_kernels, inside, resample
 from ppl_seg.models.decoders import enlarge
-from ppl_seg.results.blocks import BLOCK, blocks, compact, linear_rows, positions, ravel, unravel, weighted_rows
+from ppl_seg.models.interpolation import compact, linear_rows, ravel, unravel, weighted_rows
+from ppl_seg.results.blocks import BLOCK, blocks, positions
 
 
 @pytest.mark.parametrize("shape", [(40, 33, 27), (300, 70, 1), (3, 2, 2), (1, 1, 20000)], ids=str)

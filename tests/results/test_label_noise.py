@@ -39,7 +39,7 @@ def test_each_label_wins_as_often_as_it_is_probable(kind: torch.dtype) -> None:
     places = places_along([0.0, 3.0, 90.0], kind)
     for classes in ((0, 1, 2, 3, 4), (0, 1, 1, 2, 1), (0, 0, 0, 0, 0)):
         noise = LabelNoise.draw(classes, DRAWS, SPACING, places)
-        drawn = noise.winners(ALL, r.unsqueeze(-1).expand(5, 3, DRAWS), places)
+        drawn = noise.winners(ALL, r.unsqueeze(-1).expand(5, 3, DRAWS), range(5), places)
         assert_frequencies(torch.stack([(drawn == m).sum(1) for m in range(5)]), r, DRAWS)
 
 
@@ -51,7 +51,7 @@ def test_labels_of_a_class_are_drawn_together() -> None:
     together = {}
     for classes in ((0, 1, 1), (0, 1, 2)):
         noise = LabelNoise.draw(classes, DRAWS, SPACING, places)
-        drawn = noise.winners(ALL, r.unsqueeze(-1).expand(3, 2, DRAWS), places)
+        drawn = noise.winners(ALL, r.unsqueeze(-1).expand(3, 2, DRAWS), range(3), places)
         together[classes] = float(np.corrcoef(drawn[0] == 1, drawn[1] == 2)[0, 1])
     assert together[0, 1, 1] > 0.6 > 0.45 > together[0, 1, 2], together  # the background's noise is shared
 

@@ -295,3 +295,29 @@ def test_the_decoders_marginals_have_no_pool() -> None:
         model, z, theta, scan, observed, np.eye(4), SPACING, "decoder", keep_marginals=True, log_u=log_u, pooled=0.3
     )
     torch.testing.assert_close(found.marginals, f, rtol=1e-8, atol=1e-10)
+
+
+def test_a_label_that_is_rare_in_a_block_has_its_marginals_and_is_not_drawn() -> None:
+    """Three labels, the third hardly ever: what it has is what ten of the draws say of it; the others are drawn."""
+    grid = (8, 9, 7)
+    generator = torch.Generator().manual_seed(2)
+    location = torch.rand(3, *grid, generator=generator, dtype=torch.float64) + 0.5
+    location[2] *= 1e-5
+    atlas = WarpedAtlas(location / location.sum(0), control=3, spacing=4.0)
+    model = SegmentationModel(atlas, IntensityModel([0, 1, 2], [1, 1, 1], 1))
+    theta = IntensityParameters(
+        torch.tensor([[[0.3], [0.6], [0.5]]], dtype=torch.float64),
+        torch.full((1, 3, 1), 0.4, dtype=torch.float64),
+        torch.zeros(1, 3, dtype=torch.float64),
+    )
+    z = torch.randn(40, atlas.latent_dim, generator=generator, dtype=torch.float64)
+    scan, observed = scan_of(grid)
+    region = torch.ones(grid, dtype=torch.bool)
+    arguments = (model, z, theta, scan, observed, np.eye(4), SPACING)
+    found = read_out(*arguments, keep_draws=True, keep_marginals=True)
+    marginals, _, evidence = slow_read_out(*arguments[:-1], region)
+    assert found.draws is not None and found.marginals is not None
+    assert found.draws.unique().tolist() == [0, 1] and not bool(found.counts[:, 2].any())
+    torch.testing.assert_close(found.marginals[2], marginals[2], rtol=0.4, atol=0)
+    torch.testing.assert_close(found.marginals[:2], marginals[:2], rtol=1e-4, atol=0)
+    torch.testing.assert_close(found.log_likelihood, evidence, rtol=1e-5, atol=0)

@@ -29,8 +29,8 @@ class PerScanGuide(PyroModule):
         posterior: dist.Distribution = self.family(self.raw)
         return posterior
 
-    def forward(self, scan: Tensor | None = None, observed: Tensor | None = None, theta: Any = None) -> Tensor:
-        """Sample z (B, D); the scan is not looked at."""
+    def forward(self, *_: Any) -> Tensor:
+        """Sample z (B, D); nothing of the scan is looked at."""
         with pyro.plate("scans", self.raw.shape[0], dim=-1):
             z: Tensor = pyro.sample("z", self.posterior())
         return z

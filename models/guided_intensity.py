@@ -44,8 +44,7 @@ class GuidedIntensity(IntensityModel):
     def label_log_prob(self, scan: Tensor, observed: Tensor, theta: IntensityParameters, power: float = 1.0) -> Tensor:
         """power · ℓ_jm + log u_jm, (B, M, J); nothing where nothing is observed."""
         first = self.intensity.channels
-        said = torch.where(observed[:, first:], scan[:, first:], 0.0)
-        return self.intensity.label_log_prob(*self.own(scan, observed), theta, power) + said
+        return self.intensity.label_log_prob(*self.own(scan, observed), theta, power) + scan[:, first:]
 
     def m_step(
         self,

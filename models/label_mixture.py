@@ -67,8 +67,10 @@ class LabelMixture(TorchDistribution):
         return LabelMixture(scores, location, self.theta, self.intensity, observed, self.voxels)
 
     def _arguments(self, scan: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, IntensityParameters, IntensityModel]:
-        flat = torch.where(self.observed, scan.flatten(2), 0.0)
-        location, flat, observed = (take(x, self.voxels) for x in (self.log_location_prior, flat, self.observed))
+        location, flat, observed = (
+            take(x, self.voxels) for x in (self.log_location_prior, scan.flatten(2), self.observed)
+        )
+        flat = torch.where(observed, flat, 0.0)
         return self.scores, location, flat, observed, self.theta.at(self.voxels), self.intensity
 
     def log_prob(self, scan: Tensor) -> Tensor:

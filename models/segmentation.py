@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import pyro
@@ -16,7 +17,7 @@ from .intensity import IntensityModel, IntensityParameters
 from .intensity_prior import IntensityPrior, SharedIntensity
 from .label_mixture import LabelMixture, sample_intensities
 from .shape_prior import LabelPrior
-from .voxels import EVERYWHERE, seen_by_any
+from .voxels import EVERYWHERE, every_nth, seen_by_any
 
 Form = Literal["collapsed", "enumerated"]
 
@@ -58,6 +59,7 @@ class SegmentationModel(PyroModule):
         observed: Tensor | None = None,
         theta: IntensityParameters | None = None,
         num_scans: int = 1,
+        part: slice | None = None,
     ) -> Tensor:
         """Run the program; without a scan it simulates.
 
@@ -66,12 +68,14 @@ class SegmentationModel(PyroModule):
             observed: bool, (B, C or 1, *grid); None observes everything.
             theta: intensity parameters of these scans.
             num_scans: B, where neither scan nor observed is given.
+            part: which of the observed voxels, in their order, stand for all of them; with a step, by which their
+                log-probability is scaled up. Of the collapsed form; None takes every voxel.
 
         Returns:
             The scan, (B, C, *grid).
 
         Raises:
-            ValueError: a scan without θ where no θ is shared.
+            ValueError: a scan without θ where no θ is shared; a part of the enumerated form.
         """
         shape = self.shape_prior
         batch = scan.shape[0] if scan is not None else observed.shape[0] if observed is not None else num_scans
@@ -79,8 +83,11 @@ class SegmentationModel(PyroModule):
             observed = torch.ones((batch, 1, *shape.grid), dtype=torch.bool, device=shape.log_location_prior.device)
         if theta is None:
             theta = self._theta(batch, scan is not None)
-        run = self._collapsed if self.form == "collapsed" else self._enumerated
-        return run(scan, observed, theta, batch)
+        if self.form == "collapsed":
+            return self._collapsed(scan, observed, theta, batch, part)
+        if part is not None:
+            raise ValueError("the enumerated form takes every voxel: leave out `part`")
+        return self._enumerated(scan, observed, theta, batch)
 
     def _theta(self, batch: int, has_scan: bool) -> IntensityParameters:
         if self.shared_intensity is not None:
@@ -90,17 +97,21 @@ class SegmentationModel(PyroModule):
             raise ValueError("a scan needs θ: pass theta=IntensityParameters(...), or give the model a SharedIntensity")
         return self.intensity_prior.sample(batch)
 
-    def _collapsed(self, scan: Tensor | None, observed: Tensor, theta: IntensityParameters, batch: int) -> Tensor:
-        shape = self.shape_prior
+    def _collapsed(
+        self, scan: Tensor | None, observed: Tensor, theta: IntensityParameters, batch: int, part: slice | None
+    ) -> Tensor:
+        shape, power = self.shape_prior, self.likelihood_power
         # what no scan observes has no part in the factor
         voxels = EVERYWHERE if scan is None else seen_by_any(observed.flatten(2))
+        if part is not None:
+            voxels, power = every_nth(voxels, part, math.prod(shape.grid), observed), power * part.step
         with pyro.plate("scans", batch, dim=-1):
             z = pyro.sample("z", shape.prior())
             scores = shape.flat_scores(z, voxels)
             if not isinstance(voxels, Tensor):
                 scores = scores.unflatten(-1, shape.grid)
             mixture = LabelMixture(scores, shape.log_location_prior, theta, self.intensity, observed, voxels)
-            with poutine.scale(scale=self.likelihood_power):
+            with poutine.scale(scale=power):
                 drawn: Tensor = pyro.sample("scan", mixture, obs=scan)
         return drawn
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 Voxels = slice | Tensor  # a slice, or flat indices (n,), each once
@@ -14,6 +15,13 @@ def seen_by_any(observed: Tensor) -> Voxels:
     if seen.is_meta or bool(seen.all()):
         return EVERYWHERE
     return seen.nonzero()[:, 0]
+
+
+def every_nth(voxels: Voxels, part: slice, total: int, like: Tensor) -> Tensor:
+    """Those of the voxels, of `total` in all, that a slice with a step takes, flat, on a tensor's device."""
+    if isinstance(voxels, slice):
+        voxels = torch.arange(total, device=like.device)[voxels]
+    return voxels[part]
 
 
 def take(values: Tensor, voxels: Voxels) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..models.intensity import IntensityModel, IntensityParameters, PseudoCounts
 from ..models.segmentation import SegmentationModel
 from ..models.shape_prior import gaussian_blur
-from ..models.voxels import EVERYWHERE, Voxels, put, seen_by_any, take
+from ..models.voxels import EVERYWHERE, Voxels, every_nth, put, seen_by_any, take
 
 Factor = Literal["prior", "posterior"]
 LOCALISING_STEPS = 3  # of EM; six give the same
@@ -30,10 +30,10 @@ class MapOptions:
     pseudo_count: float = 0.1
 
 
-def flatten(scan: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, C, *grid) → (B, C, J), with the mask for every channel and unobserved intensities 0."""
-    seen = observed.expand_as(scan).flatten(2)
-    return torch.where(seen, scan.flatten(2), 0.0), seen
+def flatten(scan: Tensor, observed: Tensor, voxels: Voxels = EVERYWHERE) -> tuple[Tensor, Tensor]:
+    """(B, C, *grid) → (B, C, J) at some voxels, with the mask for every channel and unobserved intensities 0."""
+    seen = take(observed.expand_as(scan).flatten(2), voxels)
+    return torch.where(seen, take(scan.flatten(2), voxels), 0.0), seen
 
 
 def label_responsibilities(
@@ -52,13 +52,12 @@ def label_responsibilities(
         model: the program. z: draws, (S, B, D); None stands for f = p_loc. scan, observed: (B, C, *grid).
         theta: at the old values. voxels: which, flat; J is their number. power: of p(x|s) within r.
     """
-    flat, seen = flatten(scan, observed)
     theta = theta.at(voxels)
     location = take(model.shape_prior.log_location_prior.flatten(1), voxels)
     with torch.no_grad():
         joint = location
         if factor == "posterior":
-            joint = location + model.intensity.label_log_prob(take(flat, voxels), take(seen, voxels), theta, power)
+            joint = location + model.intensity.label_log_prob(*flatten(scan, observed, voxels), theta, power)
         if z is None:
             return joint.softmax(-2).expand(scan.shape[0], -1, -1)
         total: Tensor | float = 0.0
@@ -85,25 +84,29 @@ def update_theta(
     theta: IntensityParameters,
     factor: Factor = "posterior",
     pseudo: PseudoCounts | None = None,
+    part: slice | None = None,
 ) -> tuple[IntensityParameters, Tensor]:
     """One E- and M-step of θ at fixed maps; arguments as `label_responsibilities`.
+
+    part: which of the observed voxels stand for all of them, as the program takes it.
 
     Returns:
         The new θ, and the observed background responsibilities by component summed over scans, (K0, J), for
         `weight_maps`.
     """
-    power, components = model.likelihood_power, model.intensity.components[0]
+    power, components = model.likelihood_power * (1 if part is None else part.step), model.intensity.components[0]
     background = scan.new_zeros(components, scan[0, 0].numel())
     updated = []
     with torch.no_grad():
         for b in range(scan.shape[0]):  # one scan at a time stays in cache
             one = slice(b, b + 1)
             old = theta.select(one) if theta.mean.shape[0] > 1 else theta
-            flat, seen = flatten(scan[one], observed[one])
-            voxels = seen_by_any(seen)  # the others count for nothing
+            voxels = seen_by_any(observed[one].flatten(2))  # the others count for nothing
+            if part is not None:
+                voxels = every_nth(voxels, part, background.shape[-1], scan)
+            flat, seen = flatten(scan[one], observed[one], voxels)
             draws = None if z is None else z[:, one]
             of_label = label_responsibilities(model, draws, scan[one], observed[one], old, factor, voxels)
-            flat, seen = take(flat, voxels), take(seen, voxels)
             of_component = model.intensity.component_responsibilities(of_label, flat, seen, old.at(voxels))
             counts = expecting(model, observed[one], pseudo)
             updated.append(model.intensity.m_step(of_component, flat, seen, old, counts, power))
@@ -137,9 +140,8 @@ def localise(
         z: draws, (S, 1, D). scan, observed: (1, C, *grid). theta: (1, ...). power: κ, of p(x|s) in responsibilities.
         classes: which. Background and fluid are of many kinds, and would take what they lie next to.
     """
-    flat, seen = flatten(scan, observed)
-    voxels = seen_by_any(seen)
-    flat, seen = take(flat, voxels), take(seen, voxels)
+    voxels = seen_by_any(observed.flatten(2))
+    flat, seen = flatten(scan, observed, voxels)
     grid, size, chosen = model.shape_prior.grid, scan[0, 0].numel(), [model.intensity.slices[n] for n in classes]
     for _ in range(LOCALISING_STEPS):
         of_label = label_responsibilities(model, z, scan, observed, theta, "posterior", voxels, power)

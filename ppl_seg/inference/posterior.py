@@ -22,6 +22,9 @@ from .recipes import Recipe
 from .training_options import LARGE_GRID
 
 
+EVERY = 4  # voxels of large grids: one of them stands for all in a step, in turn; neighbours say nearly the same
+
+
 def factor_of(objective: str) -> Factor:
     """The label factor that an objective's E-step uses: f for jensen, r for the others."""
     return "prior" if objective == "jensen" else "posterior"
@@ -118,6 +121,9 @@ def infer(
 ) -> Posterior:
     """Fit q(z) and θ to the scans at hand.
 
+    On large grids each step takes a part of the voxels, whose likelihood is scaled up: its expectation over the parts
+    is the whole bound.
+
     Args:
         model: the program, decoder frozen, in the form the recipe's objective needs.
         family, raw: where q(z) starts, (B, P). scan, observed: (B, C, *grid). theta: where θ starts.
@@ -129,19 +135,22 @@ def infer(
     objective = build_objective(recipe.objective)
     optimizer = torch.optim.Adam([guide.raw], lr=recipe.refine_rate, betas=(0.8, 0.95))
     factor = factor_of(recipe.objective)
+    large = math.prod(model.shape_prior.grid) > LARGE_GRID and model.form == "collapsed"
+    every = EVERY if large and not learn_maps else 1  # maps need every voxel
     with pyro.get_param_store().scope():
         for step in range(steps):
             for group in optimizer.param_groups:  # down to a tenth: the last steps settle
                 group["lr"] = recipe.refine_rate * (1 - 0.9 * step / steps)
             optimizer.zero_grad()
-            loss = objective.differentiable_loss(model, guide, scan, observed, theta)
+            part = None if every == 1 else slice(step % every, None, every)
+            loss = objective.differentiable_loss(model, guide, scan, observed, theta, 1, part)
             loss.backward()
             optimizer.step()
             bounds.append(-float(loss.detach()) / len(scan))
             if recipe.intensity == "per-scan" and step % 2 == 1:
                 with torch.no_grad():
                     z = guide.posterior().sample((2,))
-                theta, background = update_theta(model, z, scan, observed, theta, factor, recipe.pseudo)
+                theta, background = update_theta(model, z, scan, observed, theta, factor, recipe.pseudo, part)
                 if learn_maps and recipe.maps is not None:
                     theta = theta.with_maps(weight_maps(background, model.shape_prior.grid, recipe.maps))
     with torch.no_grad():

@@ -135,6 +135,22 @@ def test_one_step_is_the_m_step_at_the_old_theta() -> None:
     torch.testing.assert_close(statistics, (resp[:, :2] * seen).sum(0), rtol=1e-12, atol=1e-14)
 
 
+def test_a_part_stands_for_all_observed_voxels() -> None:
+    """As many times those voxels alone; without pseudo-counts the number falls out, with them it does not."""
+    problem = make_problem(grid=(5, 4), mask="channel")
+    z, theta = draws(problem), problem.theta().detach()
+    for b in range(len(problem.scan)):
+        one, here = slice(b, b + 1), slice(1, None, 3)
+        seen = problem.observed[one]
+        voxels = seen.flatten(2)[0].any(0).nonzero()[here, 0]
+        mask = torch.zeros(seen[0, 0].numel(), dtype=torch.bool).index_fill_(0, voxels, True).view(seen[0, 0].shape)
+        arguments = (z[:, one], problem.scan[one])
+        found, _ = update_theta(problem.model(beta=0.2), *arguments, seen, theta, "posterior", PSEUDO, here)
+        expected, _ = update_theta(problem.model(beta=0.6), *arguments, seen & mask, theta, "posterior", PSEUDO)
+        for name in ("mean", "sd", "log_weight"):
+            torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-10, atol=1e-12)
+
+
 # Simulated data.
 
 

@@ -114,3 +114,26 @@ def test_observed_defaults_to_everything(form: str) -> None:
         for observed in (None, problem.observed)
     ]
     assert torch.equal(*values)
+
+
+@pytest.mark.parametrize("options", [{}, {"maps": True, "mask": "channel"}], ids=["plain", "maps"])
+def test_the_mean_over_all_parts_is_the_whole_likelihood(options: dict) -> None:
+    problem = make_problem(grid=(5, 4), **options)
+    model, theta = problem.model(beta=0.3), problem.theta()
+    z = torch.randn(len(problem.scan), model.shape_prior.latent_dim, dtype=torch.float64)
+
+    def log_prob(part: slice | None) -> torch.Tensor:
+        conditioned = poutine.condition(model, {"z": z})
+        trace = poutine.trace(conditioned).get_trace(problem.scan, problem.observed, theta, 1, part)
+        trace.compute_log_prob()
+        return trace.nodes["scan"]["log_prob"]
+
+    parts = torch.stack([log_prob(slice(start, None, 3)) for start in range(3)])
+    torch.testing.assert_close(parts.mean(0), log_prob(None))
+    assert float(parts.std(0).min()) > 0
+
+
+def test_a_part_is_of_the_collapsed_form() -> None:
+    problem = make_problem(grid=(5, 4))
+    with pytest.raises(ValueError, match="part"):
+        problem.model(form="enumerated")(problem.scan, problem.observed, problem.theta(), 1, slice(0, None, 2))

@@ -21,7 +21,6 @@ from .objectives import build_objective
 from .recipes import Recipe
 from .training_options import LARGE_GRID
 
-
 EVERY = 4  # voxels of large grids: one of them stands for all in a step, in turn; neighbours say nearly the same
 
 

@@ -211,7 +211,9 @@ class _Reader:
         likelihood, peak = self._likelihood(voxels, corners, index, weight)
         seen = self.observed[:, voxels].any(0)
         f = usual[:, rows, None]
-        rest = self._tempered(f, torch.zeros_like(f[0]), index, weight, likelihood, seen)[..., 0]  # (M, V), of the labels not here
+        rest = self._tempered(f, torch.zeros_like(f[0]), index, weight, likelihood, seen)[
+            ..., 0
+        ]  # (M, V), of the labels not here
         here = (rest > RARE * rest.sum(0)).any(1) if self.name == "marginals" else torch.ones_like(rest[:, 0]).bool()
         labels = here.nonzero()[:, 0]
         rest[labels] = 0.0

@@ -121,7 +121,7 @@ def infer(
     """Fit q(z) and θ to the scans at hand.
 
     On large grids each step takes a part of the voxels, whose likelihood is scaled up: its expectation over the parts
-    is the whole bound.
+    is the whole bound. θ has its last step on all of them.
 
     Args:
         model: the program, decoder frozen, in the form the recipe's objective needs.
@@ -149,7 +149,8 @@ def infer(
             if recipe.intensity == "per-scan" and step % 2 == 1:
                 with torch.no_grad():
                     z = guide.posterior().sample((2,))
-                theta, background = update_theta(model, z, scan, observed, theta, factor, recipe.pseudo, part)
+                heard = part if step + 2 < steps else None  # at last by all
+                theta, background = update_theta(model, z, scan, observed, theta, factor, recipe.pseudo, heard)
                 if learn_maps and recipe.maps is not None:
                     theta = theta.with_maps(weight_maps(background, model.shape_prior.grid, recipe.maps))
     with torch.no_grad():

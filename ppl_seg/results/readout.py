@@ -103,18 +103,18 @@ def read_out(
     if marginals is not None:
         marginals[0] = 1.0
     with torch.no_grad(), _workers(scan.device, len(all_blocks)) as run:
-        for slab in _slabs(all_blocks, int(share * SLAB) // count):
-            sums = [scan.new_zeros(count, len(voxels)) for voxels in slab]
-            wanted = reader.touched(slab)
-            usual = _usual(model.shape_prior, z, wanted)
+        for together in _slabs(all_blocks, int(share * SLAB) // count):
+            sums = [scan.new_zeros(count, len(voxels)) for voxels in together]
+            wanted = reader.touched(together)
+            source = _Source(wanted, _usual(model.shape_prior, z, wanted))
             for first, sketches in _sketched(model.shape_prior, z, wanted, share, run):
                 some = slice(first, first + sketches.shape[-1])
                 draw = partial(noise.winners, some)
-                read = partial(reader.read, sketches, wanted, usual, draw, None if draws is None else draws[some])
-                for drawn, evidence in run(read, slab, sums):
+                read = partial(reader.read, source, sketches, draw, None if draws is None else draws[some])
+                for drawn, evidence in run(read, together, sums):
                     counts[some] += drawn
                     log_likelihood[some] += evidence
-            for voxels, of_block in zip(slab, sums, strict=True):
+            for voxels, of_block in zip(together, sums, strict=True):
                 of_block /= of_block.sum(0)
                 labels[voxels] = best = first_argmax(of_block)
                 confidence[voxels] = of_block.gather(0, best[None])[0]
@@ -130,6 +130,17 @@ def read_out(
         draws=None if draws is None else draws.unflatten(1, own),
         marginals=None if marginals is None else marginals.unflatten(1, own),
     )
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What blocks take from the prior's grid.
+
+    voxels: flat, rising, (n,). usual: f there of some of the draws, averaged, (M, n).
+    """
+
+    voxels: Tensor
+    usual: Tensor
 
 
 class _Reader:
@@ -183,40 +194,31 @@ class _Reader:
 
     @torch.no_grad()
     def read(
-        self,
-        sketches: Tensor,
-        wanted: Tensor,
-        usual: Tensor,
-        draw: Draw,
-        draws: Tensor | None,
-        voxels: Tensor,
-        sums: Tensor,
+        self, source: _Source, sketches: Tensor, draw: Draw, draws: Tensor | None, voxels: Tensor, sums: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Read one block for a group of G draws.
 
         Args:
-            sketches, wanted: as `_sketched` has them. usual: mean f there, (M, n). draw: labels (V, G) of r, whose rows
-                these are, and places.
-            draws: (G, J), to be filled, or None. voxels: flat indices (V,). sums: (M, V), to which marginals are added.
+            source: of this block and others. sketches: of the draws there, as `_sketched` has them.
+            draw: labels (V, G), of r, its rows' labels, and places. draws: (G, J), to be filled, or None.
+            voxels: flat indices (V,). sums: (M, V), to which marginals are added.
 
         Returns:
             counts, (G, M), of the drawn labels; log_likelihood of the block's observed voxels, (G,) float64.
         """
-        count, group = len(usual), sketches.shape[-1]
+        count, group = len(source.usual), sketches.shape[-1]
         places = positions(voxels, self.own, self.to_grid)
         index, weight = linear_rows(places, self.grid, self.kernels)
         weight = weight.to(sums.dtype)
         corners, index = compact(index, self.log_location.shape[1])
-        rows = torch.searchsorted(wanted, corners)
+        rows = torch.searchsorted(source.voxels, corners)
         likelihood, peak = self._likelihood(voxels, corners, index, weight)
         seen = self.observed[:, voxels].any(0)
-        f = usual[:, rows, None]
-        rest = self._tempered(f, torch.zeros_like(f[0]), index, weight, likelihood, seen)[
-            ..., 0
-        ]  # (M, V), of the labels not here
-        here = (rest > RARE * rest.sum(0)).any(1) if self.name == "marginals" else torch.ones_like(rest[:, 0]).bool()
+        f = source.usual[:, rows, None]
+        rest = self._tempered(f, torch.zeros_like(f[0]), index, weight, likelihood, seen)[..., 0]  # (M, V)
+        here = (rest > RARE * rest.sum(0)).any(1) | (self.name == "decoder")  # f is asked for there, of every label
         labels = here.nonzero()[:, 0]
-        rest[labels] = 0.0
+        rest[labels] = 0.0  # it is of the labels that are not here
         others = f[~here].pow(self.own_power).sum(0)
         f = self.shape_prior.sketched_probs(sketches, rows, corners, labels)  # (L, N, G), on the corners
         r = self._tempered(f, others, index, weight, likelihood[labels], seen)  # f p(x | label), (L, V, G)

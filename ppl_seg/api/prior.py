@@ -332,6 +332,7 @@ def draw_prior(model: Model, out: Path, seed: int) -> None:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        drawn = ShapeModel(model.shape_prior)(num_scans=8)
+        program = ShapeModel(model.shape_prior)
+        drawn = torch.cat([program() for _ in range(8)])  # of a whole brain all at once take gigabytes
     draws_figure(drawn.numpy(), model.table, model.grid.affine, out / "draws.png", "Drawn from the prior")
     training_figure(out / "training.csv", out / "training.png", "Learning the prior")

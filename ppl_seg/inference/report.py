@@ -40,7 +40,7 @@ def prior_report(
     bound, size = 0.0, 0
     overlap = torch.zeros(len(names), 2, dtype=torch.float64)
     divergence = []
-    for some in judged.nonzero()[:, 0].split(8):
+    for some in judged.nonzero()[:, 0].split(shape_prior.at_once):
         s, o = labels[some].long(), observed[some]
         with torch.no_grad():
             posterior = guide.posterior(s, o)

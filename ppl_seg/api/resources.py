@@ -24,7 +24,7 @@ _PER_CHANNEL_AND_VOXEL = 24
 _IN_TRAINING = 28  # of each scan of a batch, label and voxel of the grid
 _PER_SCAN_KEPT = 30  # of each scan, channel and voxel of the grid
 _PER_TARGET = 2  # of each scan, label and voxel of the grid
-_PER_MAP_VOXEL = 50  # of label maps
+_PER_MAP_VOXEL = 36  # of label maps
 _OF_LABEL_STEPS = 2e9  # a patch, its simulation and the network
 _OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "bad_alloc", "out of memory")
 

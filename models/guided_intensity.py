@@ -42,7 +42,7 @@ class GuidedIntensity(IntensityModel):
         return self.intensity.component_log_joint(*self.own(scan, observed), theta)
 
     def label_log_prob(self, scan: Tensor, observed: Tensor, theta: IntensityParameters, power: float = 1.0) -> Tensor:
-        """power · ℓ_jm + log u_jm, (B, M, J); nothing where nothing is observed."""
+        """power · ℓ_jm + log u_jm, (B, M, J), of a scan that is 0 where it is not observed."""
         first = self.intensity.channels
         return self.intensity.label_log_prob(*self.own(scan, observed), theta, power) + scan[:, first:]
 

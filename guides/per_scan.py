@@ -29,7 +29,7 @@ class PerScanGuide(PyroModule):
         posterior: dist.Distribution = self.family(self.raw)
         return posterior
 
-    def forward(self, *_: Any) -> Tensor:
+    def forward(self, *_: Any, **__: Any) -> Tensor:
         """Sample z (B, D); nothing of the scan is looked at."""
         with pyro.plate("scans", self.raw.shape[0], dim=-1):
             z: Tensor = pyro.sample("z", self.posterior())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import pyro
@@ -17,7 +16,7 @@ from .intensity import IntensityModel, IntensityParameters
 from .intensity_prior import IntensityPrior, SharedIntensity
 from .label_mixture import LabelMixture, sample_intensities
 from .shape_prior import LabelPrior
-from .voxels import EVERYWHERE, every_nth, seen_by_any
+from .voxels import EVERYWHERE, seen_by_any
 
 Form = Literal["collapsed", "enumerated"]
 
@@ -100,11 +99,9 @@ class SegmentationModel(PyroModule):
     def _collapsed(
         self, scan: Tensor | None, observed: Tensor, theta: IntensityParameters, batch: int, part: slice | None
     ) -> Tensor:
-        shape, power = self.shape_prior, self.likelihood_power
+        shape, power = self.shape_prior, self.likelihood_power * (1 if part is None else part.step)
         # what no scan observes has no part in the factor
-        voxels = EVERYWHERE if scan is None else seen_by_any(observed.flatten(2))
-        if part is not None:
-            voxels, power = every_nth(voxels, part, math.prod(shape.grid), observed), power * part.step
+        voxels = EVERYWHERE if scan is None and part is None else seen_by_any(observed.flatten(2), part)
         with pyro.plate("scans", batch, dim=-1):
             z = pyro.sample("z", shape.prior())
             scores = shape.flat_scores(z, voxels)

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 Voxels = slice | Tensor  # a slice, or flat indices (n,), each once
 EVERYWHERE = slice(None)
 
 
-def seen_by_any(observed: Tensor) -> Voxels:
-    """The voxels that any scan and channel observes, of (..., J); a slice, which is quicker, where all are."""
+def seen_by_any(observed: Tensor, part: slice | None = None) -> Voxels:
+    """The voxels that any scan and channel observes, of (..., J); a slice, which is quicker, where all are.
+
+    part: which of them, in their order; None takes all.
+    """
     seen = observed.flatten(0, -2).any(0)
-    if seen.is_meta or bool(seen.all()):
+    if part is None and (seen.is_meta or bool(seen.all())):
         return EVERYWHERE
-    return seen.nonzero()[:, 0]
-
-
-def every_nth(voxels: Voxels, part: slice, total: int, like: Tensor) -> Tensor:
-    """Those of the voxels, of `total` in all, that a slice with a step takes, flat, on a tensor's device."""
-    if isinstance(voxels, slice):
-        voxels = torch.arange(total, device=like.device)[voxels]
-    return voxels[part]
+    voxels = seen.nonzero()[:, 0]
+    return voxels if part is None else voxels[part]
 
 
 def take(values: Tensor, voxels: Voxels) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..models.intensity import IntensityModel, IntensityParameters, PseudoCounts
 from ..models.segmentation import SegmentationModel
 from ..models.shape_prior import gaussian_blur
-from ..models.voxels import EVERYWHERE, Voxels, every_nth, put, seen_by_any, take
+from ..models.voxels import EVERYWHERE, Voxels, put, seen_by_any, take
 
 Factor = Literal["prior", "posterior"]
 LOCALISING_STEPS = 3  # of EM; six give the same
@@ -101,9 +101,7 @@ def update_theta(
         for b in range(scan.shape[0]):  # one scan at a time stays in cache
             one = slice(b, b + 1)
             old = theta.select(one) if theta.mean.shape[0] > 1 else theta
-            voxels = seen_by_any(observed[one].flatten(2))  # the others count for nothing
-            if part is not None:
-                voxels = every_nth(voxels, part, background.shape[-1], scan)
+            voxels = seen_by_any(observed[one].flatten(2), part)  # the others count for nothing
             flat, seen = flatten(scan[one], observed[one], voxels)
             draws = None if z is None else z[:, one]
             of_label = label_responsibilities(model, draws, scan[one], observed[one], old, factor, voxels)

@@ -187,3 +187,12 @@ def test_the_scan_guide_of_an_atlas_starts_at_the_template_and_sees_where_things
     moved = (guide.posterior(changed, observed).mean - guide.posterior(scan, observed).mean).detach()
     moved = moved.unflatten(1, (2, *atlas.control_grid))
     assert moved[:, :, :2].any() and not moved[:, :, 20:].any()
+
+
+def test_a_per_scan_guide_takes_what_the_program_takes() -> None:
+    """By position or by name, as users call either."""
+    family = build_family("mean-field", 2)
+    guide = PerScanGuide(family, torch.zeros(3, family.num_parameters))
+    for words in ({"theta": None}, {"scan": None, "observed": None, "theta": None, "part": slice(0, None, 4)}):
+        assert guide(**words).shape == (3, 2)
+    assert guide(None, None, None, 1, None).shape == (3, 2)

@@ -99,7 +99,7 @@ class WarpedAtlas(LabelPrior):
     def without(self, labels: Tensor) -> Self:
         """As a prior's; the label maps, too."""
         atlas = super().without(labels)
-        atlas.label_maps = torch.where(labels[self.label_maps.long()], 0, self.label_maps)
+        atlas.label_maps = torch.where(labels.to(self.label_maps.device)[self.label_maps.long()], 0, self.label_maps)
         return atlas
 
     def coefficients(self, z: Tensor) -> Tensor:

@@ -185,11 +185,11 @@ def fit(
     trust: Trust = None,
     force: Force = False,
     verbose: Verbose = False,
-) -> None:
+) -> int:
     """Fit a model to unlabelled scans of one contrast, under a prior."""
     from ppl_seg import api
 
-    api.fit_scans(
+    model = api.fit_scans(
         scans,
         prior=prior,
         out=out,
@@ -218,6 +218,7 @@ def fit(
         progress=watched(),
     )
     typer.echo(out)
+    return int(model.scans_left_out > 0)
 
 
 @app.command()

@@ -17,13 +17,14 @@ import typer
 from ppl_seg.errors import InputError
 
 FAILED, NOTHING_DONE, INTERRUPTED = 1, 2, 130  # exit codes
+OUT_OF_MEMORY = "free some, use a larger machine, a larger --spacing or fewer inputs; --verbose says what is needed"
 _WIDTH_OF_A_PIPE = 200  # columns of a table where stdout is no terminal
 
 
 def guarded(command: Callable[..., int | None]) -> Callable[..., None]:
     """A command that ends with an exit code and, where it failed, one line on stderr; no traceback.
 
-    The command returns its exit code (None: 0). InputError and files that cannot be read or written: 2; other
+    The command returns its exit code (None: 0). InputError, files that cannot be read or written, no memory: 2; other
     exceptions: 1; Ctrl-C: 130. `threads` and `verbose` among its arguments are dealt with here.
     """
 
@@ -47,6 +48,10 @@ def guarded(command: Callable[..., int | None]) -> Callable[..., None]:
             reason = error.strerror or str(error)
             fail(f"{error.filename}: {reason}" if error.filename else reason, NOTHING_DONE, verbose)
         except Exception as error:
+            from ppl_seg.api.resources import is_out_of_memory
+
+            if is_out_of_memory(error):
+                fail(f"out of memory; {OUT_OF_MEMORY}", NOTHING_DONE, verbose)
             hint = "" if verbose else "; use --verbose for the traceback"
             fail(f"{type(error).__name__}: {error}{hint}", FAILED, verbose)
         raise typer.Exit(code)

@@ -20,7 +20,7 @@ from nibabel.processing import resample_from_to
 
 from ppl_seg.data.cohort import find_scans
 from ppl_seg.data.images import read_scan, write_image
-from ppl_seg.data.masks import observed_mask
+from ppl_seg.data.masks import apply_mask
 from ppl_seg.data.names import parse_name
 from ppl_seg.errors import InputError
 from ppl_seg.results.tables import write_table
@@ -65,7 +65,7 @@ def shuffle(brains: Path, out: Path) -> None:
     for seed, file in enumerate(find_scans([brains], SHUFFLED)):
         if not (out / file.path.name).is_file():
             scan = read_scan(file.path)
-            inside, data = observed_mask(scan), scan.data.copy()
+            inside, data = apply_mask(scan).observed, scan.data.copy()
             data[inside] = np.random.default_rng(seed).permutation(data[inside])
             out.mkdir(parents=True, exist_ok=True)
             write_image(out / file.path.name, data, scan)

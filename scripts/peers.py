@@ -33,6 +33,7 @@ TISSUES = {
 MIXED = ("Thalamus", "Pallidum", "VentralDC", "Brain-Stem")  # of both tissues: their voxels are not scored
 GREY, WHITE = 3, 2  # labels that stand for a tissue: those of left cortex and white matter
 PRIOR_WEIGHT, SMOOTHNESS, ITERATIONS = 0.25, "[0.2,1x1x1]", "[5,0]"  # of ANTsPy's example with priors
+FEWEST = 50  # voxels where a label is the likeliest, or it is left out: ANTs fails where a label has none
 Values = np.ndarray  # (X, Y, Z) integers, values of the label table
 
 
@@ -70,11 +71,13 @@ def _by_ants(model: Model, scan: Path, corrected: bool) -> Values:
     mask = ants.get_mask(image, low_thresh=np.finfo(np.float32).tiny, cleanup=0)
     if corrected:
         image = ants.n4_bias_field_correction(image, mask=mask)
-    priors = [image.new_image_like(p.astype(np.float32)) for p in result.probabilities]
+    starts = np.bincount(result.probabilities.argmax(0)[mask.numpy() > 0], minlength=len(result.probabilities))
+    kept = np.flatnonzero(starts >= FEWEST)
+    priors = [image.new_image_like(result.probabilities[label].astype(np.float32)) for label in kept]
     options = {"priorweight": PRIOR_WEIGHT, "m": SMOOTHNESS, "c": ITERATIONS}
     found = ants.atropos(a=image, x=mask, i=priors, **options)["segmentation"].numpy()
     positions = np.maximum(np.rint(found).astype(np.int64) - 1, 0)  # from 1 within the mask, 0 around it
-    return np.asarray(result.table.indices)[positions]
+    return np.asarray(result.table.indices)[kept[positions]]
 
 
 def _samseg(model: Model, scan: Path) -> Values:

@@ -61,6 +61,13 @@ class Files:
         struct.pack_into("<" + form, content, offset, *values)
         return self.write(name, bytes(content))
 
+    def unformed(self, name: str) -> Path:
+        """A file of before, without form codes: its voxels' sizes alone say where they lie."""
+        path = self.root / name
+        content = bytearray(path.read_bytes())
+        struct.pack_into("<2h", content, 252, 0, 0)
+        return self.write(name, bytes(content))
+
     def link(self, name: str, target: str) -> Path:
         path = self.path(name)
         path.symlink_to(target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests.bad_files import (
+    MODEL,
     SHAPE,
     Arguments,
     Files,
@@ -262,6 +264,44 @@ REFUSED: list[tuple[str, Callable[[Files], Arguments], str]] = [
         "the output folder is a folder of inputs",
     ),
     (
+        "a fit onto its prior",
+        lambda f: [*fit(visits(f, "sub-1_T1w")), "--out", MODEL],
+        "the output folder is an input, too",
+    ),
+    ("results into the model", lambda f: [*segment(f.image()), "--out", MODEL], "the output folder is an input, too"),
+    (
+        "voxels of 0 mm, no sform",
+        lambda f: segment(f.patched(80, "f", 0.0, name="a.nii") and f.unformed("a.nii")),
+        "a.nii: voxels of 0x1x1 mm; expected sizes above 0",
+    ),
+    (
+        "voxels of -1 mm, no sform",
+        lambda f: segment(f.patched(84, "f", -1.0, name="a.nii") and f.unformed("a.nii")),
+        "a.nii: voxels of 1x-1x1 mm; expected sizes above 0",
+    ),
+    (
+        "endless spacing",
+        lambda f: [*prior(*f.maps()), "--spacing", "inf"],
+        "--spacing inf: expected millimetres above 0",
+    ),
+    (
+        "a fit of one good scan",
+        lambda f: fit(visits(f, "sub-1_T1w"), f.write("s/sub-2_T1w.nii", "no image")),
+        "not a NIfTI or .mgz image (starts with b'no image'); expected .nii, .nii.gz, .mgz; 1 of 2 scans are left",
+    ),
+    (
+        "evaluate onto an input",
+        lambda f: [
+            "evaluate",
+            f.labels("a/x_dseg.nii"),
+            f.labels("b/x_dseg.nii"),
+            "--force",
+            "--out",
+            f.root / "b/x_dseg.nii",
+        ],
+        "x_dseg.nii: is an input; give another file",
+    ),
+    (
         "evaluate: other grids",
         lambda f: [
             "evaluate",
@@ -369,6 +409,16 @@ def test_one_bad_scan_does_not_stop_the_others(files: Files, run: Run) -> None:
     code, screen, err = run(*segment(scans), "--out", files.root / "out")
     assert code == 1 and screen.count("│ ok") == 2 and screen.count("│ failed") == 1
     assert err.count("sub-2_T1w.nii: not a NIfTI or .mgz image") == 1
+
+
+def test_one_bad_scan_does_not_stop_a_fit(files: Files, run: Run) -> None:
+    scans = visits(files, "sub-1_T1w", "sub-2_T1w", "sub-3_T1w")
+    bad = files.write("v/sub-2_T1w.nii", "no image")
+    options = ("--out", files.root / "out", "--label-rounds", 0)
+    code, _, err = run(*fit(scans), *options)
+    assert code == 1 and err.count(f"{bad}: not a NIfTI or .mgz image") == 1 and "left out" in err
+    assert "2 scans on the prior's grid" in err
+    assert json.loads((files.root / "out" / "config.json").read_text())["training"]["fit"]["left_out"] == 1
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")

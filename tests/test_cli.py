@@ -57,7 +57,7 @@ class FakeApi:
             if self.error is not None:
                 raise self.error
             failed = any(row["status"] == "failed" for row in self.rows)
-            return SimpleNamespace(rows=self.rows, exit_code=int(failed), summary="results: O")
+            return SimpleNamespace(rows=self.rows, exit_code=int(failed), summary="results: O", scans_left_out=0)
 
         return call
 

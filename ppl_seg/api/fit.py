@@ -86,7 +86,8 @@ def fit_scans(
     """Fit q(z|x), θ and the background maps to unlabelled scans, then q(s|x) to what they infer.
 
     The encoder first learns on simulated scans (`sleep`), then on the real ones with the recipe's objective. The label
-    network then learns, in rounds, the posterior label marginals that the program infers for each scan.
+    network then learns, in rounds, the posterior label marginals that the program infers for each scan. A scan that
+    can't be used is said and left out (`Model.scans_left_out`).
 
     Args:
         scans: files, folders, globs. prior: a model of `learn_prior`, or its directory. out: model directory to write.
@@ -97,7 +98,7 @@ def fit_scans(
             change it.
 
     Raises:
-        InputError: bad files or options, too few scans, `out` in use. TrainingError: a bound that is not finite.
+        InputError: bad options, too few scans of use, `out` in use. TrainingError: a bound that is not finite.
     """
     trust(guide, objective)
     chosen = build_recipe(
@@ -110,10 +111,15 @@ def fit_scans(
         steps=steps,
         label_rounds=label_rounds,
     )
+    if steps is not None and steps < 1:
+        raise InputError(f"--steps {steps}: expected at least 1")
     if chosen.label_rounds < 0:
         raise InputError(f"--label-rounds {chosen.label_rounds}: expected at least 0")
     if chosen.shape == "location":
-        raise InputError(f"--recipe {chosen.name}: has no latent shape to fit; segment with it from the prior")
+        raise InputError(
+            f"--recipe {chosen.name}: has no latent shape to fit; choose default or notes, or segment with it from "
+            "Python: load_model(prior).segment(scan, recipe=...)"
+        )
     if steps is not None:
         chosen = replace(chosen, sleep_steps=min(chosen.sleep_steps, steps), label_steps=min(chosen.label_steps, steps))
     check_channel_alignment(channel_align)
@@ -126,7 +132,7 @@ def fit_scans(
     if out is not None and is_finished(out, resume):
         return load_model(out, trusted)
     found = find_scans(scans, suffix, channels, Selection(tuple(participants), tuple(sessions)))
-    check_output_apart(found, out)
+    check_output_apart(found, out, () if isinstance(prior, Model) else (prior,))
     if out is not None:
         claim_model_directory(out, force, resume)
     if math.prod(model.grid.shape) > LARGE_GRID:
@@ -137,13 +143,13 @@ def fit_scans(
             chosen = replace(chosen, sleep_steps=STEPS_OF_LARGE_GRIDS, steps=STEPS_OF_LARGE_GRIDS)
     needed = fit_memory(model, chosen, len(found), len(found[0].paths))
     check_memory("fit", needed, available_memory(where), WAY_OUT)
-    model, x, observed = load_scans(model, found, mask, channel_align, view, chosen)
+    model, x, observed, used = load_scans(model, found, mask, channel_align, view, chosen)
     warped = isinstance(model.shape_prior, WarpedAtlas)
     chosen = recipe_for_field(chosen, model.field_of_view, math.prod(model.grid.spacing), warped)
     model = replace(model, recipe=chosen, channels=x.shape[1])
     watch.lap("read and align")
     if out is not None:
-        hashes = [file_sha256(path) for file in found for path in file.paths]
+        hashes = [file_sha256(path) for file in used for path in file.paths]
         begin_training(
             out,
             {
@@ -175,13 +181,15 @@ def fit_scans(
     freeze(scan_guide.cpu())
     rounds: list[dict[str, float]] = []
     config = {**model.config, "scan_guide": {"options": {}}}
-    config["training"] = {**config["training"], "fit": {"scans": len(x), "seed": seed, "steps": chosen.steps}}
+    about = {"scans": len(x), "left_out": len(found) - len(x), "seed": seed, "steps": chosen.steps}
+    config["training"] = {**config["training"], "fit": about}
     fitted = replace(model, scan_guide=scan_guide, theta=theta.detach().to("cpu"), config=config)
     if chosen.label_rounds and chosen.label_steps:
         fitted, rounds = learn_label_network(fitted, stage.scans, stage.observed, training, out, resume, progress)
         watch.lap("labels")
     if out is not None:
-        report: dict[str, Any] = {"scans": len(x), "steps": log.steps, "seconds": log.seconds, **log.last_terms()}
+        report: dict[str, Any] = {"scans": len(x), "left_out": len(found) - len(x)}
+        report |= {"steps": log.steps, "seconds": log.seconds, **log.last_terms()}
         report |= {"label_rounds": rounds}
         report |= run_record(str(where)) | {"stages": watch.seconds}
         log_file = Path(out) / "training.csv"
@@ -207,7 +215,7 @@ class _Stage:
 
     def program(self, recipe: Recipe, shared: IntensityParameters | None) -> SegmentationModel:
         """The program on the scans' device."""
-        return self.model.build_program(recipe, self.scans.shape[1], shared).to(self.scans.device)
+        return self.model.build_program(recipe, self.scans.shape[1], shared, self.scans.device)
 
     def start(self) -> tuple[SegmentationModel, IntensityParameters]:
         """The program, and θ by EM under the location prior: per scan, or their mean where it is shared."""
@@ -272,26 +280,40 @@ def load_scans(
     channel_align: str,
     view: str | None,
     recipe: Recipe,
-) -> tuple[Model, Tensor, Tensor]:
-    """The model for these scans (`Model.for_scan`), and on its grid normalised intensities (n, C, *grid), observed."""
+) -> tuple[Model, Tensor, Tensor, list[Found]]:
+    """The model for these scans (`Model.for_scan`), and on its grid normalised intensities (n, C, *grid), observed.
+
+    Also which scans these are: one that can't be read or aligned is said and left out.
+    """
     if len(found) < FEWEST_SCANS:
         raise InputError(
             f"{found[0].path}: a fit needs at least {FEWEST_SCANS} scans, better tens; found {len(found)}; "
             "for single scans use ppl-seg segment --model with the prior's folder"
         )
     masks = masks_of(found, mask)
-    fitting, placed, shown = model, [], ""
+    fitting, shown = model, ""
+    placed: list[tuple[Tensor, Tensor]] = []
+    used: list[Found] = []
+    failures: list[str] = []
     for file, own_mask in zip(found, masks, strict=True):
-        own = load_scan(file.paths, own_mask, channel_align)
+        try:
+            own = load_scan(file.paths, own_mask, channel_align)
+            chosen, seen_as = model.for_scan(own, view)
+            if used and seen_as != shown:
+                raise InputError(
+                    f"{file.path}: a {seen_as}, while {used[0].path} is a {shown}; fit scans of one kind, or say what "
+                    "they are with --brain or --head"
+                )
+            _, scan, seen, _ = chosen.place(own, view=seen_as, recipe=recipe)  # of its own voxels nothing is kept
+        except InputError as error:
+            failures.append(str(error))
+            say([f"{error}; left out"])
+            continue
         say(own.image.warnings)
-        chosen, seen_as = model.for_scan(own, view)
-        if shown and seen_as != shown:
-            raise InputError(
-                f"{file.path}: a {seen_as}, while {found[0].path} is a {shown}; fit scans of one kind, or say what "
-                "they are with --brain or --head"
-            )
-        fitting, shown = (chosen, seen_as) if not shown else (fitting, shown)
-        _, scan, seen, _ = fitting.place(own, view=shown, recipe=recipe)  # of its own voxels nothing is kept
+        fitting, shown = (fitting, shown) if used else (chosen, seen_as)
         placed.append((scan, seen))
-    say([f"{len(found)} scans on the prior's grid: {shown}s"])
-    return fitting, torch.cat([scan for scan, _ in placed]), torch.cat([seen for _, seen in placed])
+        used.append(file)
+    if len(used) < FEWEST_SCANS:
+        raise InputError(f"{failures[0]}; {len(used)} of {len(found)} scans are left, a fit needs {FEWEST_SCANS}")
+    say([f"{len(used)} scans on the prior's grid: {shown}s"])
+    return fitting, torch.cat([scan for scan, _ in placed]), torch.cat([seen for _, seen in placed]), used

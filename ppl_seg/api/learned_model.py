@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from dataclasses import dataclass, field, replace
@@ -100,27 +101,40 @@ class LearnedModel:
         return hashlib.sha256(text + tensor_bytes(self._tensors())).hexdigest()
 
     @property
+    def scans_left_out(self) -> int:
+        """How many of a fit's scans could not be used."""
+        return int(self.config["training"].get("fit", {}).get("left_out", 0))
+
+    @property
     def learned_asleep(self) -> bool:
         """Whether q(s|x) is a prior's, of scans simulated from label maps, rather than a fit's, of what it inferred."""
         return isinstance(self.label_network, AnyContrastNetwork)
 
-    def program(self, recipe: Recipe, channels: int) -> SegmentationModel:
-        """The probabilistic program that a recipe asks for, on this prior, frozen."""
-        return freeze(self.build_program(recipe, channels, self.theta if recipe.intensity == "shared" else None))
+    def program(self, recipe: Recipe, channels: int, device: torch.device | None = None) -> SegmentationModel:
+        """The probabilistic program that a recipe asks for, on this prior, frozen; on `device`, or the prior's."""
+        shared = self.theta if recipe.intensity == "shared" else None
+        return freeze(self.build_program(recipe, channels, shared, device))
 
     def build_program(
-        self, recipe: Recipe, channels: int, shared: IntensityParameters | None = None
+        self,
+        recipe: Recipe,
+        channels: int,
+        shared: IntensityParameters | None = None,
+        device: torch.device | None = None,
     ) -> SegmentationModel:
         """The same, with a θ of its own to learn where `shared` says how it starts."""
-        table = self.table
-        return build_segmentation_model(
-            self.shape_prior, table.class_of_label, channels, recipe, shared, table.fluid, table.outer_fluid
+        table, prior = self.table, self.shape_prior
+        if device is not None and prior.log_location_prior.device != device:
+            prior = copy.deepcopy(prior)  # this model's stays where it is
+        built = build_segmentation_model(
+            prior, table.class_of_label, channels, recipe, shared, table.fluid, table.outer_fluid
         )
+        return built if device is None else built.to(device)
 
     def atlas(self) -> Atlas:
         """What scans are registered to: p_loc as the commonest intensity class, and the probability of brain."""
         location = self.shape_prior.log_location_prior.detach().exp().cpu()
-        classes = torch.zeros(max(self.table.class_of_label) + 1, *location.shape[1:])
+        classes = location.new_zeros(max(self.table.class_of_label) + 1, *location.shape[1:])
         classes.index_add_(0, torch.tensor(self.table.class_of_label), location)
         brain = location[torch.from_numpy(brain_labels(self.table))].sum(0)
         shape = self.grid.shape
@@ -166,7 +180,7 @@ class LearnedModel:
         view = view or field_of_scan(own.image, anywhere)
         atlas = self.atlas()
         alignment = align_scan(align or self.align, own.image, anywhere, atlas, view)
-        if alignment.overlap is not None or (alignment.kind == "center" and view != "crop"):
+        if alignment.overlap is not None or view != "crop":
             overlap = "" if alignment.overlap is None else f", overlap {alignment.overlap:.2f}"
             say([f"{own.image.path}: a {view}; --align {alignment.kind}{overlap}"])
         region = torch.ones(own.image.shape, dtype=torch.bool)

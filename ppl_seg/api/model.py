@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from ppl_seg import __version__
 from ppl_seg.api.learned_model import LearnedModel
 from ppl_seg.api.scan_inference import encode_label_map, infer_scan
+from ppl_seg.api.trust import trust
 from ppl_seg.data.alignment import check_alignment
 from ppl_seg.data.fields import check_view
 from ppl_seg.data.loading import load_scan
@@ -23,6 +25,8 @@ from ppl_seg.results.provenance import Stopwatch
 from ppl_seg.results.readout import read_out
 from ppl_seg.results.segmentation import Segmentation
 from ppl_seg.results.volumes import border_flags, label_quality
+
+_ONE_AT_A_TIME = threading.Lock()  # Pyro's handlers and torch's random numbers are the process', not a thread's
 
 
 @dataclass
@@ -70,8 +74,9 @@ class Model(LearnedModel):
         Raises:
             InputError: a file that can't be read, options that don't fit the model.
         """
+        trust(guide, objective)
         watch = Stopwatch()
-        paths = scan if isinstance(scan, tuple) else (Path(scan),)
+        paths = scan if isinstance(scan, tuple | list) else (Path(scan),)
         asked = self.checked_recipe(recipe, objective, guide, readout, likelihood_power, bias_field)
         check_alignment(align or self.align)
         check_view(view)
@@ -89,15 +94,14 @@ class Model(LearnedModel):
         chosen = fitting.adapted_recipe(asked)
         normalised, on_grid, observed, alignment = fitting.place(own, align, shown, chosen)
         watch.lap("align")
-        with torch.random.fork_rng(devices=[]):
+        forked = [torch.cuda.current_device()] if where.type == "cuda" else []
+        with _ONE_AT_A_TIME, torch.enable_grad(), torch.random.fork_rng(devices=forked):
             torch.manual_seed(derived_seed(seed, 0, Path(paths[0]).name))
-            encoded = None if shape_from is None else encode_label_map(fitting, shape_from, alignment, where)
+            encoded = None if shape_from is None else encode_label_map(fitting, shape_from, own.image, alignment, where)
             shows = field_on_grid(alignment.matrix, own.image.shape, fitting.grid.shape)
             found = infer_scan(fitting, chosen, on_grid.to(where), observed.to(where), refine, encoded, inside=shows)
             z = found.posterior.sample(draws)[:, 0]
             watch.lap("infer")
-            # outside the mask is background; within it, voxels without a value may be anything
-            region = own.observed.any(0) | ~torch.from_numpy(np.isfinite(own.image.data))
             result = read_out(
                 found.model,
                 z,
@@ -109,7 +113,7 @@ class Model(LearnedModel):
                 chosen.readout,
                 keep_draws,
                 keep_probabilities,
-                region.to(where),
+                own.inside.to(where),
                 share,
                 found.log_u,
                 chosen.power_at(own.image.voxel_volume),

@@ -83,6 +83,7 @@ def begin_training(directory: str | Path, identity: Mapping[str, Any], resume: b
     remove_temporaries(folder)
     if not resume:
         remove(folder / "config.json")  # with --force; else nothing is there
+        _remove_checkpoints(folder)  # a later --resume must not take them for this training's
     elif (folder / BEGUN).is_file():
         try:
             theirs = dict(json.loads((folder / BEGUN).read_text(encoding="utf-8")))
@@ -99,8 +100,12 @@ def begin_training(directory: str | Path, identity: Mapping[str, Any], resume: b
 def finish_training(directory: str | Path) -> None:
     """The model and its figures are written: remove what served the training."""
     folder = Path(directory)
-    remove_checkpoint(folder)  # from here on it is finished
-    for name in (ASLEEP, LABELS):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    _remove_checkpoints(folder)  # from here on it is finished
     remove(folder / BEGUN)
     remove_temporaries(folder)
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    remove_checkpoint(folder)
+    for name in (ASLEEP, LABELS):
+        shutil.rmtree(folder / name, ignore_errors=True)

@@ -120,6 +120,8 @@ def learn_prior(
         )
     if latent_dim is not None and latent_dim < 1:
         raise InputError(f"--latent-dim {latent_dim}: expected at least 1")
+    if steps is not None and steps < 1:
+        raise InputError(f"--steps {steps}: expected at least 1")
     if label_steps < 0:
         raise InputError(f"--label-steps {label_steps}: expected at least 0")
     options = TrainingOptions(
@@ -150,6 +152,7 @@ def learn_prior(
         identity: dict[str, Any] = {"label table": maps.table.to_dict(), "grid": maps.grid.to_dict()}
         identity |= {"alignment": maps.align, "latent dimension": latent_dim, "guide": guide, "objective": objective}
         identity |= {"shape": chosen, "label steps": label_steps}
+        identity |= {"value map": None if value_map is None else file_sha256(value_map)}
         hashes = [file_sha256(path) for file in found for path in file.paths]
         begin_training(out, identity | {"label maps": hashes}, resume)
     held_out = held_out_persons(maps.persons)
@@ -234,6 +237,7 @@ def load_label_maps(
     if merge:
         table, sides = merge_sides(table)
         mapping = composed(mapping, sides)
+        messages.append(f"--merge-sides: {len(sides)} pairs of sides were joined")
     if len(table) < 2:
         raise InputError(f"{found[0].path}: all label maps are zero; a prior needs at least one structure")
     chosen = align or default_align(images)

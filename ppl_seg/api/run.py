@@ -104,7 +104,7 @@ def segment_scans(
         InputError: nothing to do, options that don't fit, colliding outputs: before any work.
     """
     from ppl_seg.inference.progress import scan_bar
-    from ppl_seg.results.dataset import append_log, check_room, write_dataset_files, write_label_table
+    from ppl_seg.results.dataset import append_log, check_room, listed_scans, write_dataset_files, write_label_table
     from ppl_seg.results.staging import remove_stale
     from ppl_seg.results.writer import earlier_result, recorded
 
@@ -118,7 +118,8 @@ def segment_scans(
     if loaded.scan_guide is not None:
         check_channels(found, loaded.channels)
     out = Path(out)
-    places = output_places(found, out)
+    others = [given for given in (model, mask) if isinstance(given, str | Path) and given not in ("auto", "none")]
+    places = output_places(found, out, others)
     fixed: dict[str, Any] = {"draws": draws, "refine": refine, "readout": readout, "objective": objective, "seed": seed}
     fixed |= {"guide": guide, "likelihood_power": likelihood_power, "bias_field": bias_field, "recipe": recipe}
     placing = {"align": align, "channel_align": channel_align, "view": view}
@@ -135,7 +136,8 @@ def segment_scans(
         for file, place, own in zip(found, places, masks, strict=True)
     ]
     endings = ["probseg.nii.gz"] * probabilities + ["draws.nii.gz"] * save_draws
-    earlier = {j.place: earlier_result(out, j.place, j.options, model_hash, j.paths, endings) for j in jobs}
+    listed = listed_scans(out)
+    earlier = {j.place: earlier_result(out, j.place, j.options, model_hash, j.paths, listed, endings) for j in jobs}
     if "other" in earlier.values() and not force:
         folder, stem = next(place for place, found in earlier.items() if found == "other")
         raise InputError(
@@ -251,9 +253,12 @@ def log_line(row: Mapping[str, Any], record: Mapping[str, Any] | None) -> str:
     return " ".join([*parts, " ".join(str(row["message"]).split())]).rstrip()
 
 
-def output_places(found: Sequence[Found], out: Path) -> list[tuple[Path, str]]:
-    """Folder and stem of each scan's outputs; InputError where two collide or an output would replace an input."""
-    check_output_apart(found, out)
+def output_places(found: Sequence[Found], out: Path, others: Sequence[str | Path] = ()) -> list[tuple[Path, str]]:
+    """Folder and stem of each scan's outputs; InputError where two collide or an output would replace an input.
+
+    others: inputs that are no scans.
+    """
+    check_output_apart(found, out, others)
     places = [output_location(file.path, file.base, file.contrasts) for file in found]
     seen: dict[tuple[Path, str], Path] = {}
     inputs = {path.resolve() for file in found for path in file.paths}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppl_seg.api.learned_model import LearnedModel
 from ppl_seg.data.alignment import Alignment
-from ppl_seg.data.images import read_label_map
+from ppl_seg.data.images import Image, check_same_grid, read_label_map
 from ppl_seg.data.loading import labels_on_grid
 from ppl_seg.errors import InputError
 from ppl_seg.guides.families import Family, build_family
@@ -139,13 +139,13 @@ def _infer_scan(
 ) -> Inference:
     """`infer_scan` with the prior as it is, and what speaks of labels beside intensities."""
     device = scan.device
-    model = learned.program(recipe, scan.shape[1]).to(device)
+    model = learned.program(recipe, scan.shape[1], device)
     fitted = learned.scan_guide is not None and recipe.shape == "prior"
     maps = learned.theta.log_weight_maps if fitted and amortised and learned.theta is not None else None
     maps = None if maps is None or recipe.maps is None else maps.to(device)
     program, data = model, (scan, observed)
     if evidence is not None:
-        program = with_label_factor(learned.program(recipe, scan.shape[1]).to(device))
+        program = with_label_factor(learned.program(recipe, scan.shape[1], device))
         data = with_log_factor(scan, observed, *evidence)
     if recipe.intensity == "shared" and model.shared_intensity is not None:
         theta: IntensityParameters = model.shared_intensity()
@@ -235,10 +235,11 @@ def _theta_at(
 
 
 def encode_label_map(
-    learned: LearnedModel, truth: str | Path, alignment: Alignment, device: torch.device
+    learned: LearnedModel, truth: str | Path, scan: Image, alignment: Alignment, device: torch.device
 ) -> dist.Distribution:
-    """q(z|s) of a label map."""
+    """q(z|s) of a label map on the scan's grid. InputError where it is on another."""
     image = read_label_map(truth)
+    check_same_grid([scan, image], "give a label map on the scan's grid")
     labels, inside = labels_on_grid(image, learned.table, {}, alignment.matrix, learned.grid.shape)
     guide = learned.label_guide.to(device)
     with torch.no_grad():

@@ -153,9 +153,10 @@ class _Pair:
 
     @classmethod
     def of(cls, image: Image, observed: np.ndarray, atlas: Atlas, field: str) -> _Pair:
+        observed = observed & np.isfinite(image.data)  # where this channel has no value another may
         low, high = np.percentile(image.data[observed], (1, 99))
         shown = np.clip((image.data - low) / max(high - low, np.finfo(np.float32).tiny), 0, 1)
-        shown = np.where(observed, shown, 0)  # unobserved voxels may be NaN
+        shown = np.where(observed, shown, 0)
         surrounded = field == "brain"
         if surrounded:
             atlas = replace(atlas, classes=np.where(atlas.brain > 0.5, atlas.classes, 0))

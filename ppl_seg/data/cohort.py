@@ -64,7 +64,7 @@ class Selection:
 EVERYBODY = Selection()
 
 
-def find_label_maps(inputs: Sequence[Given], selection: Selection = EVERYBODY) -> list[Found]:
+def find_label_maps(inputs: Given | Sequence[Given], selection: Selection = EVERYBODY) -> list[Found]:
     """Label maps: files as given, `*_dseg` in folders and globs (a glob without any is taken whole). Sorted.
 
     Of FreeSurfer's subjects mri/aseg.mgz. Raises InputError for what is missing, a folder without label maps, and a
@@ -77,16 +77,16 @@ def find_label_maps(inputs: Sequence[Given], selection: Selection = EVERYBODY) -
     what = "label maps (*_dseg.nii.gz)"
     found = [
         file
-        for given in inputs
+        for given in _several(inputs)
         for file in _expand(os.fspath(given), is_label_map, what, (LABEL_VOLUME,), names_matter=False)
     ]
     return _sorted_once(selection.of(found), "label maps")
 
 
 def find_scans(
-    inputs: Sequence[Given],
+    inputs: Given | Sequence[Given],
     suffix: str | None = None,
-    channels: Sequence[str] = (),
+    channels: str | Sequence[str] = (),
     selection: Selection = EVERYBODY,
 ) -> list[Found]:
     """Scans: files, folders, globs; `suffix` selects a contrast (`T1w`), `channels` groups several a session.
@@ -98,11 +98,12 @@ def find_scans(
     Raises InputError for what is missing, a folder without scans, a file given twice, several contrasts where
     neither `suffix` nor `channels` chooses, and for a channel that a session lacks or has twice.
     """
+    channels = (channels,) if isinstance(channels, str) else channels
     if suffix and channels:
         raise InputError(f"--suffix {suffix} and --channels {','.join(channels)}: give one of the two")
     wanted = tuple(channels) or ((suffix,) if suffix else ())
     grouped, single = [], []
-    for given in (os.fspath(one) for one in inputs):
+    for given in (os.fspath(one) for one in _several(inputs)):
         if "," in given and not os.path.lexists(given):
             grouped.append(Found(tuple(_named_file(Path(part.strip())) for part in given.split(","))))
         else:
@@ -154,15 +155,22 @@ def check_channels(found: Sequence[Found], channels: int) -> None:
         )
 
 
-def check_output_apart(found: Sequence[Found], out: Given | None) -> None:
-    """Raises InputError where `out` is a folder that inputs were found in: before any work."""
+def check_output_apart(found: Sequence[Found], out: Given | None, others: Sequence[Given] = ()) -> None:
+    """Raises InputError where `out` is a folder that inputs were found in, or one of `others`: before any work."""
     if out is None:
         return
     place = os.path.realpath(out)
+    if place in map(os.path.realpath, others):
+        raise InputError(f"{os.fspath(out)}: the output folder is an input, too; choose another --out")
     for file in found:
         folders = [path.parent for path in file.paths] + ([file.base] if file.base is not None else [])
         if place in map(os.path.realpath, folders):
             raise InputError(f"{os.fspath(out)}: the output folder is a folder of inputs; choose another --out")
+
+
+def _several(inputs: Given | Sequence[Given]) -> Sequence[Given]:
+    """A single path is a list of one."""
+    return [inputs] if isinstance(inputs, str | os.PathLike) else inputs
 
 
 def _label(path: Path, entity: str) -> str | None:

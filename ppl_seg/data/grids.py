@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -177,11 +178,12 @@ def _grid_shape(extent: np.ndarray, flat: np.ndarray, spacing: float) -> tuple[i
 
 
 def _chosen(spacing: float | None, default: float, extent: np.ndarray, flat: np.ndarray) -> float:
-    """The spacing asked for, or the default one, coarsened. InputError for one that is not positive."""
+    """The spacing asked for, or the default one, coarsened. InputError for one that is no length or leaves no grid."""
     if spacing is None:
         return _coarsen(extent, flat, default)
-    if not spacing > 0:
-        raise InputError(f"--spacing {spacing:g}: expected millimetres above 0")
+    most = float(extent[~flat].min()) / 2 if not flat.all() else math.inf
+    if not 0 < spacing <= most:
+        raise InputError(f"--spacing {spacing:g}: expected millimetres above 0, and at most half the extent, {most:g}")
     return spacing
 
 

@@ -14,6 +14,7 @@ from ppl_seg.data.grids import Grid, Placed, cubic_grid
 from ppl_seg.data.information import Comparison, most_informative
 from ppl_seg.data.registration import Level, Volume, centroid, coarse, padded, register
 from ppl_seg.data.resampling import resample, resample_labels
+from ppl_seg.errors import InputError
 
 _SPACING = 3.0  # mm, of the common target
 _MASKS = Level(4.0, 15_000, 30)
@@ -88,7 +89,7 @@ def align_maps(
             found = [_explained(mean, one.mean, world, align) for one, world in zip(maps, worlds, strict=True)]
         worlds = _unbiased(found)
     share = _mean([one.content for one in maps], worlds, target)
-    inside = np.argwhere(share >= _CONTENT)
+    inside = _filled(share, _CONTENT)
     ends = np.stack([inside.min(0) - 0.5, inside.max(0) + 0.5])
     low, high = ends * np.diag(target.affine)[:3] + target.affine[:3, 3] + np.array([[-_MARGIN], [_MARGIN]])
     return cubic_grid(low, high, spacing, default), worlds
@@ -127,12 +128,23 @@ def _target(maps: Sequence[CodedMap], worlds: Sequence[np.ndarray]) -> Grid:
     """A grid that holds the content of all maps."""
     corners = []
     for one, world in zip(maps, worlds, strict=True):
-        inside = np.argwhere(one.content.data > 0.5)
+        inside = _filled(one.content.data, 0.5)
         ends = np.array(np.meshgrid(*zip(inside.min(0), inside.max(0), strict=True), indexing="ij")).reshape(3, -1)
         to_target = np.linalg.inv(world) @ one.content.affine
         corners.append((to_target[:3, :3] @ ends + to_target[:3, 3:]).T)
     low, high = np.concatenate(corners).min(0) - _PADDING, np.concatenate(corners).max(0) + _PADDING
     return cubic_grid(low, high, _SPACING, _SPACING)
+
+
+def _filled(share: np.ndarray, least: float) -> np.ndarray:
+    """Voxels (n, 3) that are filled by at least so much. InputError where none is."""
+    inside = np.argwhere(share >= least)
+    if not len(inside):
+        raise InputError(
+            f"the label maps' structures fill no voxel of {_SPACING:g} mm: too thin or too far apart to register; "
+            "use --align center, or --align none for maps of one space"
+        )
+    return inside
 
 
 def _unbiased(worlds: Sequence[np.ndarray]) -> list[np.ndarray]:

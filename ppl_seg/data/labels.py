@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,6 +18,10 @@ from ppl_seg.errors import InputError
 BACKGROUND_CLASS = "background"
 FLUID = "csf"  # the class of cerebrospinal fluid, and FreeSurfer's name of what of it surrounds the brain
 Color = tuple[int, int, int]
+_OTHER = {"left": "right", "right": "left", "lh": "rh", "rh": "lh", "l": "r", "r": "l"}
+_LEFT = ("left", "lh", "l")
+_SIDE = re.compile(r"left|right|(?<![a-z])(?:lh|rh|l|r)(?![a-z])", re.IGNORECASE)
+_SEPARATORS = "-_. "
 # Twenty colours that are easy to tell apart, for structures that FreeSurfer does not know.
 PALETTE: tuple[Color, ...] = (
     (230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48), (145, 30, 180),
@@ -139,25 +144,29 @@ class LabelTable:
         return text.getvalue()
 
 
+def other_sides(table: LabelTable) -> list[int]:
+    """(M,) the position of each label's namesake on the other side (left and right, lh and rh, l and r), or its own."""
+    names = [name.lower() for name in table.names]
+    swapped = [_SIDE.sub(lambda side: _OTHER[side[0].lower()], name) for name in names]
+    return [names.index(other) if other in names else i for i, other in enumerate(swapped)]
+
+
 def merge_sides(table: LabelTable) -> tuple[LabelTable, dict[int, int]]:
-    """Joins the table's Left-/Right- pairs under the left value: (joined table, {right value: left value}).
+    """Joins pairs of sides (`other_sides`) under the left value: (joined table, {right value: left value}).
 
     A structure whose other side is not in the table keeps its value and name.
     """
-    lefts = {e.name[5:].lower(): e for e in table.entries if e.name.lower().startswith("left-")}
-    rights = {e.name[6:].lower(): e for e in table.entries if e.name.lower().startswith("right-")}
-    pairs = lefts.keys() & rights.keys()
-    mapping = {rights[name].index: lefts[name].index for name in pairs}
-    joined = {lefts[name].index for name in pairs}
-    entries = [
-        replace(entry, name=entry.name[5:]) if entry.index in joined else entry
-        for entry in table.entries
-        if entry.index not in mapping
-    ]
-    # A class named after one side alone (labels of an own class each) is named after both now.
-    return LabelTable(tuple(_without_side(e) if e.index in joined else e for e in entries)), dict(
-        sorted(mapping.items())
-    )
+    joined, mapping = {}, {}
+    for left, right in enumerate(other_sides(table)):
+        one, other = table.entries[left], table.entries[right]
+        if left != right and _SIDE.search(one.name)[0].lower() in _LEFT:  # type: ignore[index]
+            mapping[other.index] = one.index
+            # a class named after one side alone (labels of an own class each) is named after both now
+            own = one.intensity_class.lower() == one.name.lower()
+            name = _without_side(one.name)
+            joined[one.index] = replace(one, name=name, intensity_class=name if own else one.intensity_class)
+    entries = tuple(joined.get(entry.index, entry) for entry in table.entries if entry.index not in mapping)
+    return LabelTable(entries), dict(sorted(mapping.items()))
 
 
 def apply_map(data: np.ndarray, mapping: dict[int, int]) -> np.ndarray:
@@ -181,10 +190,10 @@ def parse_color(text: str) -> Color:
     return int(text[1:3], 16), int(text[3:5], 16), int(text[5:7], 16)
 
 
-def _without_side(entry: LabelEntry) -> LabelEntry:
-    if entry.intensity_class.lower() == f"left-{entry.name}".lower():
-        return replace(entry, intensity_class=entry.name)
-    return entry
+def _without_side(name: str) -> str:
+    before, after = (part.strip(_SEPARATORS) for part in _SIDE.split(name, maxsplit=1))
+    between = name[len(before) : len(before) + 1]  # what stood there, of two parts
+    return f"{before}{between}{after}" if before and after else before or after
 
 
 def _hex(color: Color) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +13,22 @@ from torch import Tensor
 from ppl_seg.data.channels import align_channel, check_channel_alignment
 from ppl_seg.data.images import Image, read_scan
 from ppl_seg.data.labels import LabelTable, apply_map
-from ppl_seg.data.masks import observed_mask
+from ppl_seg.data.masks import apply_mask
 from ppl_seg.data.resampling import inside, resample, resample_labels
 
 
 @dataclass(frozen=True)
 class OwnScan:
-    """A scan in its own voxels. intensities, observed: (C, X, Y, Z), unobserved intensities 0."""
+    """A scan in its own voxels. intensities, observed: (C, X, Y, Z), unobserved intensities 0.
+
+    image: the first channel, with all files' warnings. inside: (X, Y, Z), the mask, where there may be a structure;
+    without a mask file what any channel shows.
+    """
 
     image: Image
     intensities: Tensor
     observed: Tensor
+    inside: Tensor
 
 
 def load_scan(paths: Sequence[Path], mask: str | Path = "auto", channel_align: str = "rigid") -> OwnScan:
@@ -38,15 +43,24 @@ def load_scan(paths: Sequence[Path], mask: str | Path = "auto", channel_align: s
     """
     check_channel_alignment(channel_align)
     first, *others = [read_scan(path) for path in paths]
-    seen_first = observed_mask(first, mask)
-    data, observed = [np.where(seen_first, first.data, 0)], [seen_first]
+    masked, from_file = apply_mask(first, mask), mask not in ("auto", "none")
+    data, observed, inside = [np.where(masked.observed, first.data, 0)], [masked.observed], masked.inside
+    warnings = [*first.warnings, *masked.warnings]
     for other in others:
-        seen_other = observed_mask(other, mask if mask in ("auto", "none") else "none")
-        values, seen = align_channel(first, seen_first, other, seen_other, channel_align)
-        seen = seen if mask in ("auto", "none") else seen & seen_first
+        own = apply_mask(other, "none" if from_file else mask)
+        values, seen = align_channel(first, masked.observed, other, own.observed, channel_align)
+        if from_file:
+            seen = seen & masked.inside
         data.append(np.where(seen, values, 0))
         observed.append(seen)
-    return OwnScan(first, torch.from_numpy(np.stack(data).astype(np.float32)), torch.from_numpy(np.stack(observed)))
+        inside = inside | seen
+        warnings += other.warnings
+    return OwnScan(
+        replace(first, warnings=tuple(warnings)),
+        torch.from_numpy(np.stack(data).astype(np.float32)),
+        torch.from_numpy(np.stack(observed)),
+        torch.from_numpy(inside),
+    )
 
 
 def scan_on_grid(

@@ -1,8 +1,9 @@
-"""Which voxels of a scan carry information: the observed mask o."""
+"""What lies inside a mask, and which voxels of a scan carry information: the observed mask o."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,28 +17,41 @@ from ppl_seg.errors import InputError
 SMALLEST_EMPTY_SHARE = 0.2  # of the voxels; a smaller constant region at the border is anatomy or chance
 
 
-def observed_mask(scan: Image, mask: str | Path = "auto") -> np.ndarray:
-    """Observed voxels (X, Y, Z) bool of a scan: finite, and
+@dataclass(frozen=True)
+class Masked:
+    """What a mask says of a scan's voxels, (X, Y, Z) bool both, and the mask file's warnings.
 
-    - `auto`: outside the exactly constant region connected to the border, if that is over 20 % of the voxels
-      (interior voxels of the same value stay observed);
-    - `none`: nothing more;
-    - a path: inside that mask image (`read_mask`), which must be on the scan's grid.
+    inside: the mask, where there may be a structure. observed: those of them that are finite.
+    """
+
+    inside: np.ndarray
+    observed: np.ndarray
+    warnings: tuple[str, ...] = ()
+
+
+def apply_mask(scan: Image, mask: str | Path = "auto") -> Masked:
+    """What of a scan is inside a mask:
+
+    - `auto`: what is outside the exactly constant region connected to the border (NaN, too, is a constant there), if
+      that is over 20 % of the voxels (interior voxels of the same value stay inside);
+    - `none`: everything;
+    - a path: the voxels of that mask image (`read_mask`), which must be on the scan's grid.
 
     Raises InputError for a mask of another grid, or where no observed voxel is left.
     """
-    observed = np.isfinite(scan.data)
+    finite = np.isfinite(scan.data)
+    inside, warnings = np.ones_like(finite), tuple[str, ...]()
     if mask == "auto":
-        empty = _constant_border_region(scan.data, observed)
+        empty = _constant_border_region(scan.data, finite)
         if empty.mean() > SMALLEST_EMPTY_SHARE:
-            observed &= ~empty
+            inside = ~empty
     elif mask != "none":
         image = read_mask(mask)
         check_same_grid([scan, image], "give a mask on the scan's grid")
-        observed &= image.data
-    if not observed.any():
+        inside, warnings = image.data, image.warnings
+    if not (inside & finite).any():
         raise InputError(f"{scan.path}: no observed voxel is left by the mask {mask}; give another, or --mask none")
-    return observed
+    return Masked(inside, inside & finite, warnings)
 
 
 def masks_of(scans: Sequence[Found], mask: str | Path) -> list[str | Path]:
@@ -63,14 +77,13 @@ def masks_of(scans: Sequence[Found], mask: str | Path) -> list[str | Path]:
 
 
 def _constant_border_region(data: np.ndarray, finite: np.ndarray) -> np.ndarray:
-    """Voxels of the border's commonest value that are connected to the border."""
+    """Voxels of the border's commonest value, or not finite where most of the border is, connected to the border."""
     border = np.zeros(data.shape, dtype=bool)
     for axis, size in enumerate(data.shape):
         if size > 1:  # every voxel of a 2-D image lies at the border of its single slice
             np.moveaxis(border, axis, 0)[[0, -1]] = True
     values, counts = np.unique(data[border & finite], return_counts=True)
-    if not len(values):
-        return np.zeros(data.shape, dtype=bool)
-    region, _ = ndimage.label(data == values[counts.argmax()])
+    without = int((border & ~finite).sum())
+    region, _ = ndimage.label(data == values[counts.argmax()] if counts.max(initial=0) > without else ~finite)
     touching = np.unique(region[border])
     return np.isin(region, touching[touching > 0])

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ppl_seg.data.augmentation import UNKNOWN
-from ppl_seg.data.labels import LabelTable
+from ppl_seg.data.labels import LabelTable, other_sides
 
 TOLERANCE = 10.0  # mm between a label's mirror image and its namesake on the other side
 SMALLEST = 100.0  # mm³ of a label, for its place to count
 
-_OTHER = {"left": "right", "right": "left", "lh": "rh", "rh": "lh", "l": "r", "r": "l"}
-_SIDE = re.compile(r"left|right|(?<![a-z])(?:lh|rh|l|r)(?![a-z])")
-
 
 def other_side(table: LabelTable) -> Tensor:
     """(M,) the position of each label's mirror image: its namesake on the other side, or itself."""
-    names = [name.lower() for name in table.names]
-    swapped = [_SIDE.sub(lambda side: _OTHER[side[0]], name) for name in names]
-    return torch.tensor([names.index(other) if other in names else i for i, other in enumerate(swapped)])
+    return torch.tensor(other_sides(table))
 
 
 def mirror_plane(label_maps: Tensor, other: Tensor, spacing: float) -> tuple[Tensor, float] | None:

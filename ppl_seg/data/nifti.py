@@ -60,9 +60,12 @@ def open_image(path: Path) -> Source:
     kind, length = _header_class(head, head_path, paired=voxels != head_path)
     try:
         header = kind(head[:length], check=False)
+        _check_sizes(header, path)  # before nibabel repairs them without a word
         header.check_fix(logger=_QUIET, error_level=40)
         offset = 0 if voxels != head_path else int(header.get_data_offset())
         shape, dtype = header.get_data_shape(), header.get_data_dtype()
+    except InputError:
+        raise
     except Exception as error:  # nibabel raises many kinds for a damaged header
         raise InputError(f"{path}: the header is damaged ({_reason(error)}); copy the file again") from error
     if dtype.fields is not None or dtype.kind not in "iuf":
@@ -145,6 +148,17 @@ def _format_warnings(kind: Any, head: bytes, path: Path) -> tuple[str, ...]:
     if kind is MGHHeader and head[28:30] == b"\x00\x00":
         return (f"{path}: the file carries no orientation, so {UNKNOWN_SIDES}",)
     return ()
+
+
+def _check_sizes(header: Any, path: Path) -> None:
+    """InputError for sizes of voxels that are no lengths, where nothing else in the header says them."""
+    if isinstance(header, MGHHeader) or (isinstance(header, Nifti1Header) and header["sform_code"] > 0):
+        return
+    sizes = [float(s) for s, n in zip(header["pixdim"][1:4], header.get_data_shape(), strict=False) if n > 1]
+    if not all(0 < size < math.inf for size in sizes):
+        raise InputError(
+            f"{path}: voxels of {'x'.join(f'{size:g}' for size in sizes)} mm; expected sizes above 0; repair the header"
+        )
 
 
 def _check_slope(header: Any, path: Path) -> None:

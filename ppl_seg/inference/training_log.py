@@ -107,7 +107,9 @@ class LogWriter:
             reader = csv.DictReader(stream)
             self._columns = list(reader.fieldnames or [])
             for values in reader:
-                if int(values["step"]) > step:  # what follows, perhaps half a line, is after the checkpoint
+                last = self.log.rows[-1]["step"] if self.log.rows else 0
+                # what follows, perhaps half a line, is after the checkpoint
+                if not values.get(_LAST[-1]) or not last < int(values["step"]) <= step:
                     break
                 self.log.rows.append({name: float(value) for name, value in values.items() if value})
         for row in self.log.rows:

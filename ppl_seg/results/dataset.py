@@ -115,6 +115,15 @@ def merged_volumes(out_dir: str | Path, rows: Iterable[Mapping[str, Any]], sizes
     return {VOLUMES: table_text(merged, COLUMNS), WIDE: table_text(wide_rows(merged, known))}
 
 
+def listed_scans(out_dir: str | Path) -> set[str]:
+    """The scans of which both tables of volumes hold rows."""
+    paths = [Path(out_dir) / VOLUMES, Path(out_dir) / WIDE]
+    if not all(path.exists() for path in paths):
+        return set()
+    one, other = ({str(row["scan"]) for row in read_table(path, ("scan",))} for path in paths)
+    return one & other
+
+
 def append_log(out_dir: str | Path, text: str) -> None:
     """Append `text` to log.txt, each line with the time (UTC)."""
     now = datetime.now(UTC).isoformat(timespec="seconds")

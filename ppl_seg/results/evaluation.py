@@ -77,26 +77,25 @@ def evaluate(
     """
     if out is not None and Path(out).is_dir():
         raise InputError(f"{out}: a folder; give a file for the table, such as {Path(out) / 'scores.tsv'}")
-    found, true = _find(segmentations), _find(truth)
+    found, true = find_label_maps(segmentations), find_label_maps(truth)
     pairs, alone, unused = match_files(_with_base(found), _with_base(true))
     if not pairs:
         raise InputError(
             f"no segmentation matches a true label map ({found[0].path} and {true[0].path}, for example); "
             "names match by shared BIDS entities (sub-, ses-, ...), others by their path below the folder"
         )
-    values = _check(pairs)
+    inputs = [*(file.path for file in (*found, *true)), *(table for table in (labels, groups) if table is not None)]
+    if out is not None and os.path.realpath(out) in [os.path.realpath(path) for path in inputs]:
+        raise InputError(f"{out}: is an input; give another file for the table")
+    values, warnings = _check(pairs)
     structures, messages = _structures(values, [file.base for file in found], labels, groups)
     names = _names(found) | _names(true)
     rows = [row for pair in pairs for row in _score(pair, names, structures)]
     person_of = {str(row["scan"]): str(row["person"]) for row in rows}
-    evaluation = Evaluation(rows, summary_rows(rows, person_of.__getitem__), [*alone, *unused], messages)
+    evaluation = Evaluation(rows, summary_rows(rows, person_of.__getitem__), [*alone, *unused], [*warnings, *messages])
     if out is not None:
         _write(Path(out), rows, force)
     return evaluation
-
-
-def _find(given: PathLike | Sequence[PathLike]) -> list[Found]:
-    return find_label_maps([given] if isinstance(given, str | os.PathLike) else given)
 
 
 def _with_base(found: Sequence[Found]) -> list[tuple[Path, Path | None]]:
@@ -107,9 +106,10 @@ def _read(pair: tuple[Path, Path]) -> tuple[Image, Image]:
     return read_label_map(pair[0], empty_ok=True), read_label_map(pair[1], empty_ok=True)
 
 
-def _check(pairs: Sequence[tuple[Path, Path]]) -> list[int]:
-    """The label values that occur, once all pairs are known to be two files on one grid: before the work."""
+def _check(pairs: Sequence[tuple[Path, Path]]) -> tuple[list[int], list[str]]:
+    """The label values that occur, and what is odd, once all pairs are known to be two files on one grid."""
     values: set[int] = set()
+    warnings: list[str] = []
     for pair in pairs:
         if os.path.samefile(*pair):
             raise InputError(f"{pair[0]}: given as segmentation and as truth; give two folders")
@@ -117,7 +117,8 @@ def _check(pairs: Sequence[tuple[Path, Path]]) -> list[int]:
         check_same_grid(images[::-1], "evaluate in the scan's own voxels, or resample one of them")
         for image in images:
             values.update(np.unique(image.data).tolist())
-    return sorted(values - {0})
+            warnings += image.warnings
+    return sorted(values - {0}), list(dict.fromkeys(warnings))
 
 
 def _structures(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
@@ -54,7 +54,7 @@ def write_segmentation(
     if probabilities and seg.probabilities is None:
         raise ValueError("probabilities asked for, but the segmentation holds none")
     write_label_table(out_dir, seg.table)
-    rows = volume_rows(seg, (location[0] / Path(seg.image.path).name).as_posix())
+    rows = volume_rows(seg, scan_name(location, seg.provenance.get("sources", [seg.image.path])))
     with staging(out_dir, folder) as stage:
         _write_files(seg, stage, location[1], probabilities, save_draws)
         names = sorted(path.name for path in stage.glob(f"{glob.escape(location[1])}_*"))
@@ -98,6 +98,11 @@ def _write_files(seg: Segmentation, folder: Path, stem: str, probabilities: bool
         alignment_figure(seg, f"{start}_align.png")
 
 
+def scan_name(location: Location, sources: Sequence[str | Path]) -> str:
+    """What tables call a scan: its folder and file, of several channels all of their names."""
+    return (location[0] / "+".join(Path(source).name for source in sources)).as_posix()
+
+
 def recorded(out_dir: str | Path, location: Location) -> dict[str, Any] | None:
     """The sidecar of a finished segmentation; None where there is none (or no readable one)."""
     try:
@@ -113,12 +118,13 @@ def earlier_result(
     options: Mapping[str, Any],
     model_hash: str,
     sources: Sequence[str | Path],
+    listed: Collection[str],
     endings: Sequence[str] = (),
 ) -> Literal["absent", "other", "partial", "complete"]:
     """What is there of the segmentation of `sources` with these options (the provenance's) and this model.
 
-    other: of other files, options or model, or not ours. partial: the same, but files are missing, or one of
-    `endings` (probseg.nii.gz) was not asked for then.
+    other: of other files, options or model, or not ours. partial: the same, but files are missing, its rows are not
+    `listed` (`listed_scans`), or one of `endings` (probseg.nii.gz) was not asked for then.
     """
     content = recorded(out_dir, location)
     if content is None:
@@ -133,7 +139,8 @@ def earlier_result(
     except OSError:  # to be reported when it is read
         return "partial"
     names = [*map(str, content.get("Files", [])), *(f"{location[1]}_{ending}" for ending in endings)]
-    return "complete" if all((Path(out_dir) / location[0] / name).is_file() for name in names) else "partial"
+    there = all((Path(out_dir) / location[0] / name).is_file() for name in names)
+    return "complete" if there and scan_name(location, sources) in listed else "partial"
 
 
 def sidecar_path(out_dir: str | Path, location: Location) -> Path:

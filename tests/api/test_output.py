@@ -10,6 +10,7 @@ import torch
 from ppl_seg.api.output import (
     ASLEEP,
     BEGUN,
+    LABELS,
     begin_training,
     claim_model_directory,
     finish_training,
@@ -38,6 +39,9 @@ def test_a_model_that_is_replaced_goes_when_the_training_begins(tmp_path: Path) 
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "notes.txt").write_text("the user's")
     (tmp_path / ".tmp-1234-weights.safetensors").write_text("half")
+    (tmp_path / "checkpoint.json").write_text("{}")  # of the training that --force gives up
+    for name in (ASLEEP, LABELS):
+        (tmp_path / name).mkdir()
     with pytest.raises(InputError, match="--force"):
         claim_model_directory(tmp_path, force=False, resume=False)
     claim_model_directory(tmp_path, force=True, resume=False)

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
+from ppl_seg import fit_scans, learn_prior, load_model
 from ppl_seg.api.model import Model
 from ppl_seg.api.run import segment_scans
 from ppl_seg.errors import InputError
@@ -62,3 +66,66 @@ def test_an_error_that_nobody_foresaw_ends_one_scan_alone(tmp_path: Path, monkey
     report = segment_scans(scans, model=FORMAT_1, out=tmp_path / "out", draws=2, refine=0)
     assert [row["status"] for row in report.rows] == ["failed", "ok"] and report.exit_code == 1
     assert report.rows[0]["message"] == "LinAlgError: SVD did not converge"
+
+
+def scan_of(path: Path, seed: int = 0) -> Path:
+    return write(path, np.random.default_rng(seed).normal(100, 10, (8, 8, 6)).astype(np.float32))
+
+
+def test_lost_tables_of_volumes_are_made_again(tmp_path: Path) -> None:
+    scan, out = scan_of(tmp_path / "scan.nii.gz"), tmp_path / "out"
+    segment_scans(scan, model=FORMAT_1, out=out, draws=2, refine=0)
+    before = (out / "volumes.tsv").read_bytes()
+    (out / "volumes.tsv").unlink()
+    report = segment_scans(scan, model=FORMAT_1, out=out, draws=2, refine=0)
+    assert report.rows[0]["status"] == "ok" and (out / "volumes.tsv").read_bytes() == before
+
+
+def test_voxels_without_a_value_outside_the_mask_are_background(tmp_path: Path) -> None:
+    data = np.random.default_rng(0).normal(100, 10, (8, 8, 6)).astype(np.float32)
+    mask = np.zeros(data.shape, np.uint8)
+    mask[2:6, 2:6, 1:5] = 1
+    masked = write(tmp_path / "m_mask.nii.gz", mask)
+    found = []
+    for name, value in (("zero", 0.0), ("nan", np.nan)):
+        scan = write(tmp_path / f"{name}.nii.gz", np.where(mask, data, value).astype(np.float32))
+        result = load_model(FORMAT_1).segment(scan, mask=masked, draws=4, refine=0, keep_draws=True)
+        assert result.draws is not None and not result.draws[:, mask == 0].any()
+        found.append(result.label_map)
+    np.testing.assert_array_equal(*found)
+
+
+def test_what_a_script_may_do(tmp_path: Path) -> None:
+    """Gradients switched off around a call, channels in a list, several threads."""
+    scan, model = scan_of(tmp_path / "scan.nii.gz"), load_model(FORMAT_1)
+
+    def volumes(_: object = None) -> Any:
+        return model.segment([scan], draws=4, refine=3).volume_draws
+
+    alone = volumes()
+    with torch.no_grad():
+        np.testing.assert_array_equal(volumes(), alone)
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(volumes, range(4)):
+            np.testing.assert_array_equal(found, alone)
+
+
+def test_a_program_on_a_device_leaves_the_prior_where_it_is() -> None:
+    model = load_model(FORMAT_1)
+    program = model.program(model.recipe, 1, torch.device("meta"))
+    assert program.shape_prior.log_location_prior.device.type == "meta"
+    assert model.shape_prior.log_location_prior.device.type == "cpu"
+
+
+def test_a_label_map_of_another_grid_is_no_scans(tmp_path: Path) -> None:
+    labels = write(tmp_path / "a_dseg.nii.gz", np.ones((8, 8, 7), np.uint8))
+    with pytest.raises(InputError, match="give a label map on the scan's grid"):
+        load_model(FORMAT_1).segment(scan_of(tmp_path / "a.nii.gz"), draws=1, refine=0, shape_from=labels)
+
+
+@pytest.mark.parametrize(
+    "train", [lambda: fit_scans("scans", prior=FORMAT_1, steps=0), lambda: learn_prior("m", steps=0)]
+)
+def test_no_steps_are_refused_before_work(train: Callable[[], object]) -> None:
+    with pytest.raises(InputError, match="--steps 0: expected at least 1"):
+        train()

@@ -218,6 +218,15 @@ def test_merge_sides():
     assert set(apply_map(table.indices, mapping)) == set(merged.indices)
 
 
+def test_sides_of_any_spelling_are_merged():
+    names = {1: "ctx-lh-a", 2: "ctx-rh-a", 3: "left_hippocampus", 4: "right_hippocampus", 5: "Thalamus_R"}
+    names |= {6: "Thalamus_L", 7: "Right Lesion", 8: "Left Lesion", 9: "Cleft"}
+    merged, mapping = merge_sides(LabelTable(tuple(make_entry(i, n) for i, n in names.items())))
+    assert mapping == {2: 1, 4: 3, 5: 6, 7: 8}
+    assert merged.names == ("Background", "ctx-a", "hippocampus", "Thalamus", "Lesion", "Cleft")
+    assert merged.class_names == ("background", "grey-matter", "hippocampus-amygdala", "thalamus", "Lesion", "Cleft")
+
+
 def test_json_and_tsv(tmp_path):
     table, _, _ = table_for([2, 3, 4, 10, 41, 42, 43, 49, 900])
     assert LabelTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table

@@ -7,7 +7,7 @@ import pytest
 
 from ppl_seg.data.cohort import Found
 from ppl_seg.data.images import Image
-from ppl_seg.data.masks import masks_of, observed_mask
+from ppl_seg.data.masks import apply_mask, masks_of
 from ppl_seg.errors import InputError
 
 from .conftest import noise
@@ -23,30 +23,41 @@ def test_constant_border_region_is_unobserved_and_interior_zeros_are_not():
     data[6, 5, 5] = 0
     expected = np.ones(data.shape, bool)
     expected[:3] = False
-    np.testing.assert_array_equal(observed_mask(scan(data)), expected)
-    assert observed_mask(scan(data), "none").all()
+    np.testing.assert_array_equal(apply_mask(scan(data)).observed, expected)
+    np.testing.assert_array_equal(apply_mask(scan(data)).inside, expected)
+    assert apply_mask(scan(data), "none").observed.all()
 
 
 def test_a_small_constant_region_is_anatomy():
     data = noise((10, 10, 10))
     data[:2] = 0  # exactly 20 %
-    assert observed_mask(scan(data)).all()
+    assert apply_mask(scan(data)).observed.all()
 
 
 def test_any_constant_value_and_nan():
     data = noise((10, 10, 10))
     data[:, :4] = -5.5
     data[9, 9, 9] = np.nan
-    observed = observed_mask(scan(data))
+    observed = apply_mask(scan(data)).observed
     assert not observed[:, :4].any() and not observed[9, 9, 9] and observed.sum() == 599
-    assert not observed_mask(scan(data), "none")[9, 9, 9]
+    assert not apply_mask(scan(data), "none").observed[9, 9, 9]
+    assert apply_mask(scan(data)).inside[9, 9, 9]  # a hole in the data, where anything may be
+
+
+def test_voxels_without_a_value_around_a_brain_are_no_part_of_it():
+    data = noise((10, 10, 10))
+    data[:4] = np.nan
+    data[7, 7, 7] = np.nan
+    masked = apply_mask(scan(data))
+    assert not masked.inside[:4].any() and masked.inside[4:].all()
+    assert masked.observed.sum() == 599
 
 
 def test_one_slice():
     data = noise((10, 10, 1))
     data[:4] = 0
     data[7, 5] = 0
-    observed = observed_mask(scan(data))
+    observed = apply_mask(scan(data)).observed
     assert not observed[:4].any() and observed[4:].all()
 
 
@@ -55,13 +66,13 @@ def test_a_mask_image(save):
     mask[2:5] = 1
     data = noise((10, 10, 10))
     data[3, 3, 3] = np.inf
-    observed = observed_mask(scan(data), save("m_mask.nii.gz", mask))
-    assert observed.sum() == 299
+    masked = apply_mask(scan(data), save("m_mask.nii.gz", mask))
+    assert masked.observed.sum() == 299 and masked.inside.sum() == 300
     with pytest.raises(InputError, match="10x10x9 with affine .*10x10x10"):
-        observed_mask(scan(data), save("n_mask.nii.gz", mask[:, :, :9]))
+        apply_mask(scan(data), save("n_mask.nii.gz", mask[:, :, :9]))
     data[2:5] = np.nan
     with pytest.raises(InputError, match="no observed voxel is left"):
-        observed_mask(scan(data), save("m_mask.nii.gz", mask))
+        apply_mask(scan(data), save("m_mask.nii.gz", mask))
 
 
 def masks_below(root: Path, scans: list[str], mask: Path | str) -> list[str]:

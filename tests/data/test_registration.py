@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from ppl_seg.data.alignment import Atlas, _Pair
 from ppl_seg.data.channels import align_channel, check_channel_alignment
 from ppl_seg.data.fields import brain_labels, field_of_maps, field_of_scan
 from ppl_seg.data.grids import Grid
@@ -89,6 +90,32 @@ def test_label_maps_are_brought_together():
     assert spreads[1] < min(SPACING, spreads[0] / 2), spreads  # mm; turns of up to 12 degrees apart
     with pytest.raises(InputError, match="--spacing -2"):
         align_maps(coded, "center", -2.0, SPACING)
+
+
+def test_structures_thinner_than_a_voxel_of_the_registration_are_refused():
+    labels = np.zeros((40, 40, 40), np.uint8)
+    labels[18:20, 18:20, 18:20] = 1
+    images = [scan_of(labels, np.eye(4), (0.0, 1.0)) for _ in range(3)]
+    coded = [code_map(labels, image, range(2), np.array([False, True])) for image in images]
+    with pytest.raises(InputError, match="fill no voxel of 3 mm.*use --align center"):
+        align_maps(coded, "rigid", 1.0, 1.0)
+
+
+def test_a_voxel_without_a_value_in_the_first_of_two_channels():
+    """It is observed, by the other channel: nothing is made of the first one's NaN."""
+    classes, affine = head_labels()
+    image = scan_of(classes, affine, BRIGHT)
+    atlas = Atlas(
+        Grid(image.shape, affine), classes.astype(np.uint8), np.isin(classes, BRAIN).astype(np.float32), "head"
+    )
+    seen, data = np.ones(image.shape, bool), image.data.copy()
+    data[30, 30, 30] = np.nan
+    pair = _Pair.of(replace(image, data=data), seen, atlas, "head")
+    assert np.isfinite(pair.moving.data).all()
+    seen[30, 30, 30] = False
+    without = _Pair.of(image, seen, atlas, "head")
+    np.testing.assert_allclose(pair.moving.data, without.moving.data, atol=1e-4)
+    np.testing.assert_array_equal(pair.observed.data, without.observed.data)
 
 
 def test_channels_on_other_grids():

@@ -17,6 +17,7 @@ from torch import nn
 from ppl_seg.errors import InputError
 from ppl_seg.inference.checkpoint import load_checkpoint
 from ppl_seg.inference.trainer import Batch, TrainingOptions, fit
+from ppl_seg.inference.training_log import LogWriter, TrainingLog
 from tests.inference import toy
 from tests.inference.toy import rows, weights
 
@@ -66,6 +67,20 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     resumed, log = toy.train(str(tmp_path / "killed"), resume=True)
     assert all(torch.equal(a, b) for a, b in zip(weights(guide), weights(resumed), strict=True))
     assert [int(row["step"]) for row in rows(tmp_path / "killed" / "training.csv")] == list(range(1, log.steps + 1))
+
+
+@pytest.mark.parametrize("left", ["1", "13,-1."])
+def test_a_row_cut_short_at_the_checkpoint_goes(tmp_path: Path, left: str) -> None:
+    log = TrainingLog()
+    writer = LogWriter(log, tmp_path, 0)
+    for step in (11, 12):
+        writer.write({"step": step, "bound_per_voxel": -1.0, "kl": 2.0, "learning_rate": 0.1, "seconds": 1.0 * step})
+    writer.close()
+    with (tmp_path / "training.csv").open("a") as stream:
+        stream.write(left)
+    resumed = TrainingLog()
+    LogWriter(resumed, tmp_path, 13).close()
+    assert [row["step"] for row in resumed.rows] == [11, 12]
 
 
 def test_checkpoint_kept_until_the_model_is_stored(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from ppl_seg.data.names import output_location
 from ppl_seg.errors import InputError
-from ppl_seg.results.dataset import append_log, check_room, merged_volumes, write_dataset_files
+from ppl_seg.results.dataset import append_log, check_room, listed_scans, merged_volumes, write_dataset_files
 from ppl_seg.results.tables import read_table, write_table
 from ppl_seg.results.volumes import volume_rows
 from ppl_seg.results.writer import earlier_result, recorded, write_segmentation
@@ -85,7 +85,7 @@ def test_what_is_there_already(make_segmentation, out):
     seg, location = make_segmentation(), (Path("a"), "scan")
 
     def state(options=seg.provenance["options"], model_hash="abc", sources=(seg.image.path,), endings=()):
-        return earlier_result(out, location, options, model_hash, sources, endings)
+        return earlier_result(out, location, options, model_hash, sources, listed_scans(out), endings)
 
     assert recorded(out, location) is None and state() == "absent"
     write_segmentation(seg, out, location)
@@ -93,8 +93,22 @@ def test_what_is_there_already(make_segmentation, out):
     assert state(endings=["probseg.nii.gz"]) == "partial"
     assert state(options={**seg.provenance["options"], "draws": 6}) == "other" == state(model_hash="other")
     assert state(sources=(out / "seg-ppl_dseg.tsv",)) == "other" and state(sources=(out / "none",)) == "partial"
+    (out / "volumes_wide.tsv").rename(out / "w.tsv")
+    assert state() == "partial"  # its rows are gone
+    (out / "w.tsv").rename(out / "volumes_wide.tsv")
+    assert state() == "complete"
     (out / "a" / "scan_qc.png").unlink()
     assert state() == "partial"
+
+
+def test_results_of_other_channels_have_rows_of_their_own(make_segmentation, out):
+    seg = make_segmentation()
+    flair = Path(seg.image.path).with_name("sub-01_FLAIR.nii.gz")
+    flair.write_bytes(Path(seg.image.path).read_bytes())
+    both = replace(seg, provenance={**seg.provenance, "sources": [str(seg.image.path), str(flair)]})
+    write_segmentation(seg, out, (Path("a"), "sub-01_desc-T1w"))
+    write_segmentation(both, out, (Path("a"), "sub-01_desc-T1wFLAIR"))
+    assert listed_scans(out) == {"a/sub-01_T1w.nii.gz", "a/sub-01_T1w.nii.gz+sub-01_FLAIR.nii.gz"}
 
 
 @pytest.mark.parametrize("broken", ["ppl_seg.results.figures.qc_figure", "ppl_seg.results.writer.head_size"])

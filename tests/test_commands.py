@@ -261,8 +261,10 @@ def test_an_existing_model_is_kept(study: Study, ask: Ask) -> None:
     before = snapshot(study.prior)
     line = ask("prior", study.maps, "--out", study.prior, "--steps", 2)
     assert "--force" in line and str(study.prior) in line
-    line = ask("fit", study.scans, "--prior", study.prior, "--out", study.prior, "--steps", 2)
+    line = ask("fit", study.scans, "--prior", study.prior, "--out", study.fitted, "--steps", 2)
     assert "--force" in line
+    line = ask("fit", study.scans, "--prior", study.prior, "--out", study.prior, "--steps", 2, "--force")
+    assert "the output folder is an input" in line
     assert snapshot(study.prior) == before
 
 

@@ -1,8 +1,9 @@
-"""Files that are wrong in one way each, and the commands that meet them."""
+"""Files that are wrong in one way each, the commands that meet them, and what these must say."""
 
 from __future__ import annotations
 
 import gzip
+import shutil
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import numpy as np
 MODEL = Path(__file__).parent / "inference" / "format-1"  # fitted to crops of 8x8x6 voxels of 1 mm
 SHAPE = (8, 8, 6)
 Arguments = list[object]
+Run = Callable[..., tuple[int, str, str]]
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,10 @@ class Files:
         content = bytearray(path.read_bytes())
         struct.pack_into("<" + form, content, offset, *values)
         return self.write(name, bytes(content))
+
+    def model(self) -> Path:
+        """A copy of MODEL, which a command may harm."""
+        return Path(shutil.copytree(MODEL, self.root / "model", dirs_exist_ok=True))
 
     def unformed(self, name: str) -> Path:
         """A file of before, without form codes: its voxels' sizes alone say where they lie."""
@@ -125,3 +131,26 @@ def visits(files: Files, *names: str) -> Path:
     for number, name in enumerate(names):
         files.image(f"v/{name}.nii", scan(number))
     return files.root / "v"
+
+
+Make = Callable[[Files], Arguments]
+
+
+def check_refused(files: Files, run: Run, make: Make, words: str) -> None:
+    """One line that holds `words`; nothing that was there is lost, and nothing is made."""
+    arguments = make(files)
+    if "--out" not in arguments:
+        arguments += ["--out", files.root / "out"]
+    before = snapshot(files.root)
+    code, _, err = run(*arguments)
+    complaints = [line for line in err.splitlines() if words in line]
+    assert code in (1, 2) and len(complaints) == 1, (code, err)
+    assert "Traceback" not in err and all(line.startswith("ppl-seg: ") for line in err.splitlines())
+    after = snapshot(files.root)
+    assert {name: after.get(name) for name in before} == before  # nothing that was there is lost
+    assert not [name for name in after if name.endswith(("_dseg.nii.gz", "config.json")) and name not in before]
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}

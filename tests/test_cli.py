@@ -21,6 +21,7 @@ import typer.main
 
 import ppl_seg
 from ppl_seg.cli import app
+from ppl_seg.cli_support import OUT_OF_MEMORY
 from ppl_seg.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -166,6 +167,7 @@ def test_segment_ends_with_one_table(run: Run, fake: FakeApi) -> None:
         (InputError("a.nii.gz: no such\n file; look"), 2, "a.nii.gz: no such file; look"),
         (PermissionError(13, "Permission denied", "/x"), 2, "/x: Permission denied"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (MemoryError(), 2, f"out of memory; {OUT_OF_MEMORY}"),
         (
             RuntimeError("step 3:\nNaN [x]"),
             1,

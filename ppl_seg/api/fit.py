@@ -55,13 +55,13 @@ WAY_OUT = "free some, use a larger machine, fewer scans, or a prior with larger 
 
 
 def fit_scans(
-    scans: Sequence[str | Path],
+    scans: str | Path | Sequence[str | Path],
     *,
     prior: Model | str | Path,
     out: str | Path | None = None,
     suffix: str | None = None,
     mask: str | Path = "auto",
-    channels: Sequence[str] = (),
+    channels: str | Sequence[str] = (),
     participants: Sequence[str] = (),
     sessions: Sequence[str] = (),
     recipe: str = "default",

@@ -67,7 +67,7 @@ class LabelMaps:
 
 
 def learn_prior(
-    label_maps: Sequence[str | Path],
+    label_maps: str | Path | Sequence[str | Path],
     *,
     out: str | Path | None = None,
     labels: str | Path | None = None,

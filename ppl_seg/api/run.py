@@ -67,13 +67,13 @@ class _Job:
 
 
 def segment_scans(
-    scans: Sequence[str | Path],
+    scans: str | Path | Sequence[str | Path],
     *,
     model: Model | str | Path,
     out: str | Path,
     suffix: str | None = None,
     mask: str | Path = "auto",
-    channels: Sequence[str] = (),
+    channels: str | Sequence[str] = (),
     participants: Sequence[str] = (),
     sessions: Sequence[str] = (),
     draws: int = 200,

@@ -60,12 +60,10 @@ def open_image(path: Path) -> Source:
     kind, length = _header_class(head, head_path, paired=voxels != head_path)
     try:
         header = kind(head[:length], check=False)
-        _check_sizes(header, path)  # before nibabel repairs them without a word
+        stated = header.copy()
         header.check_fix(logger=_QUIET, error_level=40)
         offset = 0 if voxels != head_path else int(header.get_data_offset())
         shape, dtype = header.get_data_shape(), header.get_data_dtype()
-    except InputError:
-        raise
     except Exception as error:  # nibabel raises many kinds for a damaged header
         raise InputError(f"{path}: the header is damaged ({_reason(error)}); copy the file again") from error
     if dtype.fields is not None or dtype.kind not in "iuf":
@@ -78,6 +76,7 @@ def open_image(path: Path) -> Source:
     if math.prod(int(n) for n in shape) > MOST_VOXELS:
         raise InputError(f"{path}: its shape is {_plain(shape)}; expected at most {MOST_VOXELS} voxels; resample it")
     _check_slope(header, path)
+    _check_sizes(stated, path)  # nibabel repairs them without a word
     return Source(header, voxels, offset, _format_warnings(kind, head, path))
 
 

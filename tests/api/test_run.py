@@ -129,3 +129,23 @@ def test_a_label_map_of_another_grid_is_no_scans(tmp_path: Path) -> None:
 def test_no_steps_are_refused_before_work(train: Callable[[], object]) -> None:
     with pytest.raises(InputError, match="--steps 0: expected at least 1"):
         train()
+
+
+def test_a_prior_goes_on_with_the_map_that_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = np.zeros((8, 8, 6), np.uint8)
+    labels[2:5, 2:5, 2:4], labels[5:7, 2:5, 2:4] = 1, 2
+    for n in range(3):
+        write(tmp_path / f"sub-{n}_dseg.nii.gz", labels)
+    mapping = tmp_path / "map.tsv"
+    options: dict[str, Any] = {"out": tmp_path / "out", "value_map": mapping, "steps": 2, "latent_dim": 2}
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ppl_seg.api.prior.learn_decoder", killed)
+    mapping.write_text("from\tto\n1\t1\n2\t2\n")
+    with pytest.raises(KeyboardInterrupt):
+        learn_prior(tmp_path, **options)
+    mapping.write_text("from\tto\n1\t2\n2\t1\n")
+    with pytest.raises(InputError, match="had another value map"):
+        learn_prior(tmp_path, resume=True, **options)

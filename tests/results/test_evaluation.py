@@ -151,6 +151,18 @@ def test_absent_structures(save: Save, tmp_path: Path) -> None:
     assert [row["missed"] for row in found.summary] == [0, 1, 1]
 
 
+def test_what_is_odd_about_a_file_is_said(folders: tuple[Path, Path]) -> None:
+    path = folders[1] / "sub-01_dseg.nii.gz"
+    image = nib.load(path)
+    image.header["sform_code"] = image.header["qform_code"] = 0
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), None, image.header), path)
+    with pytest.raises(InputError, match="evaluate in the scan's own voxels"):
+        evaluate(*folders)  # a header without forms centres the image
+    for file in folders[0].rglob("sub-01*_dseg.nii.gz"):
+        nib.save(nib.Nifti1Image(np.asarray(nib.load(file).dataobj), None, image.header), file)
+    assert sum("left and right are unknown" in message for message in evaluate(*folders).messages) == 2
+
+
 def test_files_without_counterpart_are_listed(folders: tuple[Path, Path], save: Save) -> None:
     extra, lost = save("seg/sub-03_dseg.nii.gz"), save("truth/sub-04_dseg.nii.gz")
     found = evaluate(*folders)

@@ -153,6 +153,7 @@ class LearnedModel:
         """
         view = view or field_of_scan(own.image, own.observed.any(0).numpy())
         if view == "brain" and self.field_of_view == "head":
+            say([f"{own.image.path}: a brain, under a prior of heads: labels outside the brain are left out"])
             return self._brain_alone(), view
         return self, view
 
@@ -180,7 +181,8 @@ class LearnedModel:
         view = view or field_of_scan(own.image, anywhere)
         atlas = self.atlas()
         alignment = align_scan(align or self.align, own.image, anywhere, atlas, view)
-        if alignment.overlap is not None or view != "crop":
+        moved = alignment.overlap is not None or (alignment.kind == "center" and view != "crop")
+        if moved or view != self.field_of_view:  # else nothing was decided
             overlap = "" if alignment.overlap is None else f", overlap {alignment.overlap:.2f}"
             say([f"{own.image.path}: a {view}; --align {alignment.kind}{overlap}"])
         region = torch.ones(own.image.shape, dtype=torch.bool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import nibabel as nib
@@ -67,3 +68,18 @@ def test_what_was_done_is_recorded(head: tuple[Model, Path]) -> None:
 def test_an_unknown_choice_is_refused(head: tuple[Model, Path]) -> None:
     with pytest.raises(InputError, match="--bias-field N3: unknown; choose one of auto, n4, none"):
         head[0].segment(head[1], bias_field="N3")
+
+
+@pytest.mark.parametrize(
+    "view, said", [("head", []), ("brain", ["a brain, under a prior of heads"]), ("crop", ["a crop"])]
+)
+def test_what_a_scan_is_taken_for_is_said_where_it_decides(
+    head: tuple[Model, Path], caplog: pytest.LogCaptureFixture, view: str, said: list[str]
+) -> None:
+    """Without a registration, too: labels outside a brain are left out, a head loses its bias field."""
+    own = load_scan((head[1],))
+    with caplog.at_level(logging.INFO, "ppl_seg"):
+        model, shown = head[0].for_scan(own, view)
+        model.place(own, "none", shown)
+    assert len(caplog.messages) == len(said)
+    assert all(words in message for words, message in zip(said, caplog.messages, strict=True))

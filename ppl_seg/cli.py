@@ -102,7 +102,7 @@ def prior(
     align: Align = None,
     shape: Annotated[
         str | None,
-        typer.Option(metavar="convolutional|warp", help="A decoder, or an atlas that z deforms; default: by the maps."),
+        typer.Option(metavar="NAME", help="convolutional, warp or a decoder's import path; default: by the maps."),
     ] = None,
     latent_dim: Annotated[int | None, typer.Option(min=1, metavar="N", help="Dimensions of a decoder's shape.")] = None,
     guide: Annotated[str, typer.Option(metavar="NAME", help="mean-field, low-rank.")] = "mean-field",

@@ -12,6 +12,9 @@ import pytest
 import torch
 
 from ppl_seg.cli import main
+from ppl_seg.guides.families import FAMILIES
+from ppl_seg.inference.objectives import OBJECTIVES
+from ppl_seg.models.decoders import DECODERS
 
 hypothesis.settings.register_profile("ppl_seg", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("ppl_seg")
@@ -44,6 +47,20 @@ def float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def registries() -> Iterator[Callable[[], None]]:
+    """Import paths that the test trusts are forgotten at its end, and when it calls this."""
+    before = [(registry, dict(registry)) for registry in (FAMILIES, OBJECTIVES, DECODERS)]
+
+    def forget() -> None:
+        for registry, names in before:
+            registry.clear()
+            registry.update(names)
+
+    yield forget
+    forget()
 
 
 @pytest.fixture

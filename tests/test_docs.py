@@ -10,7 +10,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
+from ppl_seg import load_model
+from ppl_seg.errors import InputError
+from ppl_seg.guides.families import build_family
 from tests.documents import ROOT, blocks, commands, run_command
 
 Run = Callable[..., tuple[int, str, str]]
@@ -122,6 +126,23 @@ def test_crops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "posterior-hippocampus",
     }
     assert (tmp_path / "scores.tsv").read_text(encoding="utf-8").count("\n") == 1 + 3 * 2
+
+
+def test_own_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registries: Callable[[], None]) -> None:
+    make_files(tmp_path)
+    (code,) = (block.text for block in blocks(ROOT / "docs" / "own_parts.md") if block.language == "python")
+    (tmp_path / "my_parts.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    follow("own_parts.md", tmp_path, monkeypatch)
+    assert len(volumes(tmp_path / "results")) == 3 * 2
+    registries()
+    with pytest.raises(InputError, match="--trust my_parts:Blobs"):
+        load_model(tmp_path / "prior")
+    model = load_model(tmp_path / "prior", trusted=["my_parts:Blobs", "my_parts:Full"])
+    assert (type(model.label_guide.family).__name__, model.shape_prior.latent_dim) == ("Full", 8)
+    family, loc = build_family("my_parts:Full", 8), torch.arange(8.0)
+    posterior = family(family.raw_at(loc, 0.5))
+    torch.testing.assert_close((posterior.mean, posterior.stddev), (loc, torch.full((8,), 0.5)))
 
 
 def test_freesurfer_then_bids(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

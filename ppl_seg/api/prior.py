@@ -17,7 +17,7 @@ from ppl_seg.api.labels import learn_asleep
 from ppl_seg.api.load import load_model
 from ppl_seg.api.model import Model
 from ppl_seg.api.output import begin_training, claim_model_directory, finish_training, is_finished, say, say_device
-from ppl_seg.api.resources import available_memory, check_memory, prior_memory
+from ppl_seg.api.resources import available_memory, check_memory, learning_memory, prior_memory
 from ppl_seg.api.shapes import CLIP_NORM, LATENT_DIM, LEARNING_RATE, Lesson, learn_decoder, learn_warp
 from ppl_seg.api.trust import trust
 from ppl_seg.data.alignment import check_alignment
@@ -39,6 +39,7 @@ from ppl_seg.guides.families import FAMILIES
 from ppl_seg.inference.networks import WARP
 from ppl_seg.inference.report import prior_report
 from ppl_seg.inference.trainer import TrainingOptions, resolve_device
+from ppl_seg.models.decoders import DECODERS
 from ppl_seg.models.shape_prior import ShapeModel, location_prior
 from ppl_seg.results.provenance import Stopwatch, run_record
 
@@ -96,8 +97,9 @@ def learn_prior(
         label_maps: files, folders, globs. out: model directory to write, with a report and figures.
         labels: label table. value_map: TSV from, to, applied first. merge_sides: left and right become one.
         spacing: of the prior's grid, mm. align: none, center, rigid or affine.
-        shape: convolutional, a decoder of latent dimension `latent_dim`, or warp, an atlas that z deforms; None takes
-            warp for brains and heads, of which there are few maps, and convolutional for crops.
+        shape: convolutional, a decoder of latent dimension `latent_dim`, or `package.module:Name`, another of the same
+            kind; or warp, an atlas that z deforms. None takes warp for brains and heads, of which there are few maps,
+            and convolutional for crops.
         guide: family of q(z|s). objective: marginal or trace. steps: of training. label_steps: of q(s|x), for scans of
             any contrast; 0 for none.
         participants, sessions: labels of the only ones to take; () takes all.
@@ -108,11 +110,11 @@ def learn_prior(
     """
     if objective not in ("marginal", "trace"):
         raise InputError(f"--objective {objective}: a prior is learned with marginal or trace")
-    trust(guide)
+    trust(guide, shape)
     if guide not in FAMILIES:
         raise InputError(f"--guide {guide}: unknown; choose one of {', '.join(sorted(FAMILIES))}")
-    if shape not in (None, "convolutional", WARP):
-        raise InputError(f"--shape {shape}: unknown; choose convolutional or {WARP}")
+    if shape not in (None, "convolutional", WARP) and not (":" in shape and shape in DECODERS):
+        raise InputError(f"--shape {shape}: unknown; choose convolutional, {WARP}, or a decoder as package.module:Name")
     if shape == WARP and (latent_dim is not None or objective != "marginal"):
         raise InputError(
             f"--shape {WARP}: its latent dimension follows from the grid, and its KL is analytic; leave "
@@ -147,6 +149,8 @@ def learn_prior(
     watch = Stopwatch()
     maps = load_label_maps(found, labels, value_map, merge_sides, spacing, align, label_steps > 0)
     chosen = shape or default_shape(maps.field_of_view, latent_dim, objective)
+    needed = learning_memory(chosen, len(maps.table), maps.grid.shape)
+    check_memory("prior", needed, available_memory(where), "free some, or use fewer labels or a coarser --spacing")
     watch.lap("read and align")
     if out is not None:
         identity: dict[str, Any] = {"label table": maps.table.to_dict(), "grid": maps.grid.to_dict()}
@@ -165,7 +169,7 @@ def learn_prior(
     if chosen == WARP:
         learned = learn_warp(lesson, options, out, progress)
     else:
-        learned = learn_decoder(lesson, options, latent_dim or LATENT_DIM, out, resume, progress)
+        learned = learn_decoder(lesson, chosen, latent_dim or LATENT_DIM, options, out, resume, progress)
     watch.lap("train")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from ppl_seg.api.model import Model
 from ppl_seg.api.output import LOGGER
 from ppl_seg.errors import InputError
+from ppl_seg.inference.networks import WARP
 from ppl_seg.inference.recipes import Recipe
 from ppl_seg.results.readout import SKETCHES, SLAB
 
@@ -21,6 +22,7 @@ _LIBRARIES = 0.6e9
 _PER_LABEL_AND_GRID_VOXEL = 55  # inference of z
 _PER_VOXEL = 80  # a scan in its own voxels with its masks, label map, entropy
 _PER_CHANNEL_AND_VOXEL = 24
+_WARP_LEARNS, _DECODER_LEARNS = 55, 85  # a label and voxel of the grid, whatever the number of label maps
 _IN_TRAINING = 28  # of each scan of a batch, label and voxel of the grid
 _PER_SCAN_KEPT = 30  # of each scan, channel and voxel of the grid
 _PER_TARGET = 2  # of each scan, label and voxel of the grid
@@ -45,6 +47,11 @@ def segment_memory(
 def prior_memory(voxels: int, label_steps: int) -> float:
     """Bytes that reading label maps of so many voxels in all, and bringing them together, takes; or learning q(s|x)."""
     return _LIBRARIES + max(_PER_MAP_VOXEL * voxels, _OF_LABEL_STEPS if label_steps else 0)
+
+
+def learning_memory(shape: str, labels: int, grid: Sequence[int]) -> float:
+    """Bytes that learning a shape prior takes, a warped atlas or a decoder."""
+    return _LIBRARIES + (_WARP_LEARNS if shape == WARP else _DECODER_LEARNS) * labels * math.prod(grid)
 
 
 def fit_memory(model: Model, recipe: Recipe, scans: int, channels: int) -> float:

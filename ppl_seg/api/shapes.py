@@ -83,17 +83,21 @@ class Learned:
 
 def learn_decoder(
     lesson: Lesson,
-    options: TrainingOptions,
+    name: str,
     latent_dim: int,
+    options: TrainingOptions,
     out: str | Path | None,
     resume: bool,
     progress: bool,
 ) -> Learned:
-    """A decoder and a network q(z|s), by SVI on augmented label maps. options: with 0 steps, as many as is usual."""
+    """A decoder, by its name, and a network q(z|s), by SVI on augmented label maps.
+
+    options: with 0 steps, as many as is usual.
+    """
     num_labels, where = len(lesson.location), resolve_device(options.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        decoder = build_decoder("convolutional", latent_dim, num_labels, lesson.grid)
+        decoder = build_decoder(name, latent_dim, num_labels, lesson.grid)
         prior = ShapePrior(lesson.location, decoder, latent_dim)
         guide = build_label_map_guide(lesson.family, latent_dim, num_labels, lesson.grid)
     effort = LARGE if math.prod(lesson.grid) > LARGE_GRID else SMALL

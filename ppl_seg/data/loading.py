@@ -32,7 +32,7 @@ class OwnScan:
 
 
 def load_scan(paths: Sequence[Path], mask: str | Path = "auto", channel_align: str = "rigid") -> OwnScan:
-    """Read a scan's channels; those on another grid are brought to the first one's.
+    """Read a scan's channels, brought to the first one's grid, see `align_channel`.
 
     Args:
         mask: auto, none, or a file on the first channel's grid, which then holds for all.

@@ -7,7 +7,7 @@ import json
 import pickle
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +31,6 @@ FORMAT_1 = Path(__file__).parents[1] / "inference" / "format-1"  # a fit of ppl_
 def model(tmp_path: Path) -> Path:
     shutil.copytree(FORMAT_1, tmp_path / "model")
     return tmp_path / "model"
-
-
-@pytest.fixture
-def registries() -> Iterator[None]:
-    before = [(registry, dict(registry)) for registry in (FAMILIES, OBJECTIVES, DECODERS)]
-    yield
-    for registry, names in before:
-        registry.clear()
-        registry.update(names)
 
 
 def edit(model: Path, keys: str, value: Any) -> None:
@@ -202,7 +193,7 @@ NUMBER = 5
 
 
 def test_code_is_imported_when_the_caller_names_it(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registries: None
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registries: Callable[[], None]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -226,12 +217,12 @@ def test_code_is_imported_when_the_caller_names_it(
         (":", "cannot be imported"),
     ],
 )
-def test_what_cannot_be_trusted(name: str, words: str, registries: None) -> None:
+def test_what_cannot_be_trusted(name: str, words: str, registries: Callable[[], None]) -> None:
     with pytest.raises(InputError, match=words):
         trust(name)
 
 
-def test_every_kind_of_part(registries: None) -> None:
+def test_every_kind_of_part(registries: Callable[[], None]) -> None:
     guide, objective = "ppl_seg.guides.families:LowRank", "ppl_seg.inference.objectives:Jensen"
     decoder = "ppl_seg.models.decoders:LocationDecoder"
     trust(guide, objective, decoder, None, "mean-field")

@@ -13,7 +13,14 @@ import torch
 from ppl_seg.api import prior, resources, run
 from ppl_seg.api.load import load_model
 from ppl_seg.api.model import Model
-from ppl_seg.api.resources import available_memory, fit_memory, is_out_of_memory, memory_errors, segment_memory
+from ppl_seg.api.resources import (
+    available_memory,
+    fit_memory,
+    is_out_of_memory,
+    learning_memory,
+    memory_errors,
+    segment_memory,
+)
 from ppl_seg.api.run import segment_scans
 from ppl_seg.errors import InputError
 from ppl_seg.inference.recipes import build_recipe
@@ -40,6 +47,8 @@ def test_more_of_anything_takes_more_memory() -> None:
     for more in ({"voxels": 10**8}, {"channels": 2}, {"probabilities": True}, {"save_draws": True}):
         assert needed(**more) > usual  # type: ignore[arg-type]
     recipe = build_recipe("default")
+    assert learning_memory("convolutional", 9, (64, 64, 64)) > learning_memory("warp", 9, (64, 64, 64))
+    assert learning_memory("warp", 9, (64, 64, 64)) > learning_memory("warp", 3, (64, 64, 64))
     assert fit_memory(model, recipe, 100, 2) > fit_memory(model, recipe, 100, 1) > fit_memory(model, recipe, 10, 1)
 
 
@@ -131,3 +140,14 @@ def test_label_maps_that_do_not_fit_are_refused_before_work(tmp_path: Path, monk
     with pytest.raises(InputError, match=r"prior: about 0.6 GB of memory are needed, 0.5 GB are free"):
         prior.learn_prior([tmp_path], out=tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_a_grid_too_fine_to_learn_on_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The label maps may be small where `--spacing` makes the grid large."""
+    labels = np.zeros((16, 16, 16), np.uint8)
+    labels[4:12, 4:12, 4:12] = 1
+    for number in range(3):
+        nib.save(nib.Nifti1Image(labels, np.eye(4)), tmp_path / f"sub-{number}_dseg.nii.gz")
+    monkeypatch.setattr(prior, "available_memory", lambda _: 0.62e9)
+    with pytest.raises(InputError, match=r"prior: about 0\.\d GB of memory .*or a coarser --spacing"):
+        prior.learn_prior(tmp_path, spacing=0.25, steps=1)

@@ -74,7 +74,7 @@ class LogWriter:
             self._path.unlink(missing_ok=True)
 
     def write(self, row: dict[str, float]) -> None:
-        """Append `row`; the first row decides on the columns. ValueError for a term that comes later."""
+        """Append `row`; a term that no row had before gets a column, and the file is written anew."""
         self.log.rows.append(row)
         if self._path is None:
             return
@@ -85,16 +85,22 @@ class LogWriter:
 
     def _append(self, row: dict[str, float]) -> None:
         assert self._path is not None
-        if not self._columns:
-            terms = [name for name in row if name not in (*_FIRST, *_LAST)]
+        if row.keys() - set(self._columns):
+            terms = [name for name in dict.fromkeys([*self._columns, *row]) if name not in (*_FIRST, *_LAST)]
             self._columns = [*_FIRST, *terms, *_LAST]
-            write_bytes(self._path, _line(self._columns).encode())
+            self.close()
+            self._write_all()
+            return
         if self._stream is None:
             self._stream = self._path.open("a", encoding="utf-8", newline="")
-        if unknown := row.keys() - set(self._columns):
-            raise ValueError(f"terms {sorted(unknown)} were not there at the first step")
         self._stream.write(_line([_text(row.get(name)) for name in self._columns]))
         self._stream.flush()
+
+    def _write_all(self) -> None:
+        assert self._path is not None
+        lines = [_line(self._columns)]
+        lines += [_line([_text(row.get(name)) for name in self._columns]) for row in self.log.rows]
+        write_bytes(self._path, "".join(lines).encode())
 
     def close(self) -> None:
         """Close training.csv."""
@@ -114,9 +120,7 @@ class LogWriter:
                 self.log.rows.append({name: float(value) for name, value in values.items() if value})
         for row in self.log.rows:
             row["step"] = int(row["step"])
-        lines = [_line(self._columns)]
-        lines += [_line([_text(row.get(name)) for name in self._columns]) for row in self.log.rows]
-        write_bytes(path, "".join(lines).encode())
+        self._write_all()
 
 
 def _text(value: float | None) -> str:

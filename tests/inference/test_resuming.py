@@ -83,6 +83,21 @@ def test_a_row_cut_short_at_the_checkpoint_goes(tmp_path: Path, left: str) -> No
     assert [row["step"] for row in resumed.rows] == [11, 12]
 
 
+def test_a_term_that_comes_later_gets_a_column(tmp_path: Path) -> None:
+    """As after training.csv was removed by hand: the terms come at some steps only, not at the first that follows."""
+    log = TrainingLog()
+    writer = LogWriter(log, tmp_path, 9)
+    for step, terms in ((10, {}), (11, {"kl": 2.0}), (12, {})):
+        row = {"step": step, "bound_per_voxel": -1.0, **terms, "learning_rate": 0.1, "seconds": 1.0 * step}
+        writer.write(row)
+    writer.close()
+    found = rows(tmp_path / "training.csv")
+    assert [row["step"] for row in found] == ["10", "11", "12"] and [row["kl"] for row in found] == ["", "2.0", ""]
+    again = TrainingLog()
+    LogWriter(again, tmp_path, 12).close()
+    assert again.rows == log.rows
+
+
 def test_checkpoint_kept_until_the_model_is_stored(tmp_path: Path) -> None:
     guide, log = toy.train(str(tmp_path), resume=False)
     torch.manual_seed(0)

@@ -193,7 +193,7 @@ class Sleep(_ByDifferentiation):
             z, drawn = simulated.nodes["z"]["value"], simulated.nodes["scan"]["value"]
             if observed is None:
                 observed = torch.ones_like(drawn[:, :1], dtype=torch.bool)
-            drawn = normalise(drawn, observed)
+            drawn = normalise(drawn, observed, getattr(model, "region", None))
         known = poutine.condition(guide, data={"z": z})
         guide_trace = poutine.trace(known).get_trace(drawn, observed, theta)
         log_prob: Tensor = guide_trace.log_prob_sum()

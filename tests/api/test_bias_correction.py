@@ -8,6 +8,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from scipy import ndimage
 
 from ppl_seg import learn_prior
@@ -68,6 +69,15 @@ def test_what_was_done_is_recorded(head: tuple[Model, Path]) -> None:
 def test_an_unknown_choice_is_refused(head: tuple[Model, Path]) -> None:
     with pytest.raises(InputError, match="--bias-field N3: unknown; choose one of auto, n4, none"):
         head[0].segment(head[1], bias_field="N3")
+
+
+def test_simulated_heads_are_normalised_by_the_brain_as_real_ones_are(head: tuple[Model, Path]) -> None:
+    model, _ = head
+    region = model.program(build_recipe("default"), channels=1).region
+    assert region is not None and region.shape == model.shape_prior.grid
+    assert torch.equal(region, torch.from_numpy(model.atlas().brain > 0.5)) and 0 < region.float().mean() < 0.5
+    brain, _ = model.for_scan(load_scan((head[1],)), "brain")
+    assert brain.program(build_recipe("default"), channels=1).region is None
 
 
 @pytest.mark.parametrize(

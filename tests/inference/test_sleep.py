@@ -54,9 +54,8 @@ def test_sleep_does_not_read_the_scan() -> None:
     assert torch.equal(*values)
 
 
-def test_sleep_gives_the_encoder_what_real_scans_would_look_like() -> None:
-    """The guide sees a normalised scan: within the clipping range, zero where unobserved."""
-    problem, model, _ = sleep_problem()
+def seen_by_the_encoder(problem: Problem, model: SegmentationModel) -> Tensor:
+    """What `sleep` shows the guide, (B, C, *grid)."""
     seen: list[Tensor] = []
 
     class Spy(PyroModule):
@@ -67,8 +66,28 @@ def test_sleep_gives_the_encoder_what_real_scans_would_look_like() -> None:
                 z: Tensor = pyro.sample("z", pyro.distributions.Normal(zero, zero + 1).to_event(1))
                 return z
 
+    build_objective("sleep").differentiable_loss(model, Spy(), *problem.arguments())
+    return seen[0]
+
+
+def test_sleep_gives_the_encoder_what_real_scans_would_look_like() -> None:
+    """The guide sees a normalised scan: within the clipping range, zero where unobserved."""
+    problem, model, _ = sleep_problem()
     with torch.no_grad():
         problem.mean.mul_(100.0)
-    build_objective("sleep").differentiable_loss(model, Spy(), *problem.arguments())
-    assert not seen[0][~problem.observed].any()
-    assert float(seen[0].min()) >= -0.5 and float(seen[0].max()) <= 1.5 and bool(seen[0].isfinite().all())
+    seen = seen_by_the_encoder(problem, model)
+    assert not seen[~problem.observed].any()
+    assert float(seen.min()) >= -0.5 and float(seen.max()) <= 1.5 and bool(seen.isfinite().all())
+
+
+def test_sleep_normalises_by_the_region_that_real_scans_are_normalised_by() -> None:
+    """Heads, by their brain: of few voxels the 2nd and the 98th percentile are the darkest and the brightest."""
+    problem = make_problem(grid=(4, 5), mask="none")
+    region = torch.zeros(4, 5, dtype=torch.bool)
+    region[1:3, 1:4] = True
+    model = problem.model()
+    model.region = region
+    seen = seen_by_the_encoder(problem, model)
+    torch.testing.assert_close(seen[..., region].amin(-1), torch.zeros(2, 2, dtype=torch.float64))
+    torch.testing.assert_close(seen[..., region].amax(-1), torch.ones(2, 2, dtype=torch.float64))
+    assert float(seen.min()) < 0 or float(seen.max()) > 1  # what lies around has another range

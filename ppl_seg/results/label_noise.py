@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FAR, NEAR = 60.0, 4.0  # mm, over which it is alike; see docs/measurements.md
+FAR, NEAR = 60.0, 4.0  # mm, over which it is alike; see docs/measurements/volumes.md
 NEAR_SHARE = 0.6  # turns of the far waves' phase that the near waves move it by
 
 

@@ -41,6 +41,7 @@ CHANGES: dict[str, Change] = {
     "voxels are independent, β = 1": lambda recipe: replace(recipe, likelihood_power=1.0),
     "constant background weights": lambda recipe: replace(recipe, maps=None),
     "weights are the same everywhere": lambda recipe: replace(recipe, local_blur=0.0),
+    "fluid shares no voxels": lambda recipe: replace(recipe, partial_volume=False),
     "everyone's template": lambda recipe: replace(recipe, fusion_power=0.0),
 }
 

@@ -19,9 +19,10 @@ from ppl_seg.guides.families import Family, build_family
 from ppl_seg.inference.expectation import MapOptions, label_responsibilities, localise, update_theta
 from ppl_seg.inference.label_fusion import map_weights
 from ppl_seg.inference.label_training import log_label_marginals
+from ppl_seg.inference.partial_volume import BESIDE, with_shared_voxels
 from ppl_seg.inference.posterior import Posterior, best_start, factor_of, infer, start_theta
 from ppl_seg.inference.recipes import Recipe
-from ppl_seg.models.guided_intensity import outside_log_factor, with_label_factor, with_log_factor
+from ppl_seg.models.guided_intensity import GuidedIntensity, outside_log_factor, with_label_factor, with_log_factor
 from ppl_seg.models.intensity import IntensityParameters
 from ppl_seg.models.segmentation import SegmentationModel
 from ppl_seg.models.warped_atlas import WarpedAtlas
@@ -114,7 +115,7 @@ def _own_template(learned: LearnedModel, recipe: Recipe, found: Inference) -> Wa
 
 
 def _localised(learned: LearnedModel, recipe: Recipe, found: Inference) -> Inference:
-    """With structures' weights that depend on the place, where the recipe asks for it; the bound is that without."""
+    """With weights that depend on the place, and partial volume, where the recipe asks for it; the bound is without."""
     if not recipe.local_blur or recipe.intensity == "shared":
         return found
     spacing = learned.grid.spacing
@@ -123,6 +124,13 @@ def _localised(learned: LearnedModel, recipe: Recipe, found: Inference) -> Infer
     classes = set(range(len(found.program.intensity.components))) - {0, fluid}
     z, power = found.posterior.sample(LOCALISING_DRAWS), recipe.power_at(math.prod(spacing))
     theta = localise(found.program, z, *found.data, found.posterior.theta, classes, options, power)
+    if recipe.partial_volume and fluid is not None:
+        r = label_responsibilities(found.program, z, *found.data, theta, power=power)[0]
+        grid, blur = found.program.shape_prior.grid, BESIDE / min(spacing)
+        intensity, theta = with_shared_voxels(found.model.intensity, theta, r, fluid, grid, blur)
+        found.model.intensity = intensity
+        if found.program is not found.model:
+            found.program.intensity = GuidedIntensity(intensity)
     return replace(found, posterior=replace(found.posterior, theta=theta))
 
 

@@ -38,6 +38,7 @@ class Recipe:
             a brain mask, see `IntensityModel`; 1: a mask says nothing of them.
         local_blur: sd in mm of the Gaussian through which the weights of the structures' components follow the scan
             that is read out, see `expectation.localise`; 0 leaves them the same everywhere.
+        partial_volume: whether fluid and tissue share voxels where a scan is read out, see `partial_volume`.
         fusion_power, fusion_blur: power of the likelihood by which label maps are weighed, and sd in mm of the Gaussian
             around a place, see `label_fusion.map_weights`; power 0: the template is everyone's.
         readout_power: κ, of p(x|s) in the label marginals, for voxels of 1 mm; see `power_at`.
@@ -72,6 +73,7 @@ class Recipe:
     mask_background: float = 1.0
     mask_fluid: float = 1.0
     local_blur: float = 0.0
+    partial_volume: bool = False
     fusion_power: float = 0.0
     fusion_blur: float = FUSION_BLUR
     readout_power: float = 1.0
@@ -222,10 +224,10 @@ def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float, wa
     A crop's box says where its structures are, and its scans are of the label maps' kind: on average they agree with
     the location prior. Whole brains differ with age, and their label maps are often others'.
     Maps of the background, learned from one scan, take the fluid from the structures, around a brain and within a head.
-    Two Gaussians a class, for partial volume, nuclei and lesions, help brains and crops; fluid, which flows and lies in
-    thin layers, has more. Of a brain the weights of the two depend on the place. Heads have many classes that look
-    alike, and EM two optima then: a tenth of a millimetre in the registration decides between them. One Gaussian must
-    be wide enough for fluid that is bright.
+    Two Gaussians a class, for nuclei and lesions, help brains and crops; fluid, that flows and lies in thin layers, has
+    more. Of a brain the weights of the two depend on the place, and fluid and tissue share the voxels of their borders.
+    Heads have many classes that look alike, and EM two optima then: a tenth of a millimetre in the registration decides
+    between them. One Gaussian must be wide enough for fluid that is bright.
     A template is of all label maps, and few are as a scan's own would be: around each place they count by what they
     explain of it.
     How far people differ from an atlas differs: old brains further than its label maps, most others less.
@@ -251,7 +253,9 @@ def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float, wa
     if field_of_view == "head":
         pseudo = replace(recipe.pseudo, sd_share=min(1.0, recipe.pseudo.sd_share))
         return replace(recipe, components=1, fluid_components=1, pseudo=pseudo)
-    recipe = replace(recipe, background_components=2, local_blur=LOCAL_BLUR if recipe.shape == "prior" else 0.0)
+    recipe = replace(recipe, background_components=2)
+    if recipe.shape == "prior":
+        recipe = replace(recipe, local_blur=LOCAL_BLUR, partial_volume=True)
     if not warped:
         return recipe
     if recipe.shape == "prior":

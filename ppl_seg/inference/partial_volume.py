@@ -1,0 +1,95 @@
+"""Partial volume: a voxel that fluid and tissue share belongs to the one that it holds more of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..models.intensity import IntensityModel, IntensityParameters
+from ..models.shape_prior import gaussian_blur
+
+BESIDE = 2.0  # mm, sd of the Gaussian through which fluid is near
+SHARED = 2.0  # how often voxels are shared, for each voxel of the other kind nearby; half of them at most
+SELDOM = 0.1  # weight of a Gaussian of fluid below which it may be of anything
+WIDTH = 48**-0.5  # sd of a number that is uniform over a quarter, from 0 to 1/2, about 1/4
+
+
+def with_shared_voxels(
+    intensity: IntensityModel,
+    theta: IntensityParameters,
+    responsibilities: Tensor,
+    fluid: int,
+    grid: tuple[int, ...],
+    blur: float,
+) -> tuple[IntensityModel, IntensityParameters]:
+    """p(x|s) of one scan in which fluid and every tissue have voxels that the other shares.
+
+    A voxel that holds a share a of fluid has the mean a μ_F + (1 − a) μ_T, and is tissue where a < 1/2. So a class of
+    tissue has one Gaussian more, with the mean and spread of a uniform a from 0 to 1/2, as often as there is fluid
+    nearby, and fluid one for a from 1/2 to 1. Of the Gaussians that fluid has, some learned from voxels of its border,
+    each counts by how much of it lies beyond 1/2. Cf. Van Leemput et al., IEEE TMI 2003.
+
+    Args:
+        theta: of one scan. responsibilities: of labels, (M, J). fluid: its class. blur: sd, voxels of the grid.
+
+    Returns:
+        Model and θ, with weight maps of all components. As they were, where nothing lies beside fluid.
+    """
+    of_class = intensity.class_sums(responsibilities[None])[0]
+    is_fluid = of_class[fluid]
+    near_fluid, near_tissue = (gaussian_blur(one.view(1, 1, *grid), blur).flatten() for one in (is_fluid, 1 - is_fluid))
+    volumes = of_class @ near_fluid
+    volumes[[0, fluid]] = 0.0
+    if not float(volumes.sum()) > 0:
+        return intensity, theta
+    weight = theta.log_weight[0].exp()
+    averages = torch.stack([weight[s] @ theta.mean[0, s] for s in intensity.slices])  # (N, C)
+    tissue, of_fluid = volumes @ averages / volumes.sum(), intensity.slices[fluid]
+    pure, mostly = _pure_fluid(theta.mean[0, of_fluid], theta.sd[0, of_fluid], weight[of_fluid], tissue)
+    maps = theta.log_weights()[0].expand(-1, is_fluid.shape[0]).clone()
+    maps[of_fluid] = (maps[of_fluid] + mostly.log()[:, None]).log_softmax(0)
+    found = []
+    for n, s in enumerate(intensity.slices):
+        gaussians = (theta.mean[0, s], theta.sd[0, s], maps[s])
+        if n == fluid:
+            gaussians = _and_shared(*gaussians, pure, tissue, near_tissue)
+        elif n:  # background is of any brightness as it is
+            gaussians = _and_shared(*gaussians, averages[n], pure, near_fluid)
+        found.append(gaussians)
+    mean, sd, log_weight = (torch.cat(parts) for parts in zip(*found, strict=True))
+    components = [len(gaussians[0]) for gaussians in found]
+    model = IntensityModel(intensity.classes, components, intensity.channels, intensity.observed_rates)
+    constant = log_weight.exp().mean(1).log()
+    return model.to(mean.device), IntensityParameters(mean[None], sd[None], constant[None], log_weight)
+
+
+def _and_shared(
+    mean: Tensor, sd: Tensor, log_weight: Tensor, own: Tensor, other: Tensor, near: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A class' Gaussians, mean and sd (K, C), log weights (K, J), and one of voxels that hold some of another.
+
+    Args:
+        own, other: what a voxel of either alone is like, (C,). near: how much of the other lies around a place, (J,).
+    """
+    often = (SHARED * near).clamp(1e-4, 0.5)
+    spread = torch.maximum(WIDTH * (other - own).abs(), sd.amin(0))
+    weights = torch.cat([log_weight + torch.log1p(-often), often.log()[None]])
+    return torch.cat([mean, (own + (other - own) / 4)[None]]), torch.cat([sd, spread[None]]), weights
+
+
+def _pure_fluid(mean: Tensor, sd: Tensor, weight: Tensor, tissue: Tensor) -> tuple[Tensor, Tensor]:
+    """The Gaussian of fluid that is farthest from the tissue (C,) beside it; what of each holds more fluid.
+
+    Args:
+        mean, sd: (K, C). weight: (K,).
+
+    Returns:
+        Its mean, (C,); the share of each Gaussian beyond half way from tissue to there, (K,).
+    """
+    away = mean - tissue
+    pure = mean[(away.norm(dim=-1) * (weight > SELDOM)).argmax()]
+    tiny = torch.finfo(mean.dtype).tiny
+    distance = (pure - tissue).norm().clamp(min=tiny)
+    direction = (pure - tissue) / distance
+    beyond = (away @ direction - distance / 2) / (sd * direction).norm(dim=-1).clamp(min=tiny)
+    return pure, torch.special.ndtr(beyond).clamp(min=1e-6)

@@ -28,7 +28,7 @@ from ppl_seg.models.segmentation import SegmentationModel
 from ppl_seg.models.warped_atlas import WarpedAtlas
 
 NEAR_BRAIN = 0.98  # probability of background below which a voxel outside a brain mask says something
-LOCALISING_DRAWS = 4  # of z, under which local weights are learned
+DRAWS = 4  # of z, under which local weights are learned and shared voxels are found
 START_SCALE = 0.3  # sd of a scan's own q(z) before its first step: the gradient hears the data before the noise
 
 
@@ -88,7 +88,7 @@ def infer_scan(
     as_encoded = learned.scan_guide is not None and amortised and refine == 0
     if not isinstance(atlas, WarpedAtlas) or recipe.shape != "prior" or encoded is not None or as_encoded:
         only = _infer_scan(learned, recipe, *scans, refine, encoded, amortised, log_u, evidence)
-        return _localised(learned, recipe, only)
+        return _to_read_out(learned, recipe, only)
 
     def infer_with(prior: WarpedAtlas, strength: float) -> Inference:
         there = amortised and strength == 1
@@ -101,7 +101,7 @@ def infer_scan(
     own = _own_template(learned, recipe, found)
     if own is not None and found.strength is not None:
         found = infer_with(own, found.strength)
-    return _localised(learned, recipe, found)
+    return _to_read_out(learned, recipe, found)
 
 
 def _own_template(learned: LearnedModel, recipe: Recipe, found: Inference) -> WarpedAtlas | None:
@@ -114,16 +114,17 @@ def _own_template(learned: LearnedModel, recipe: Recipe, found: Inference) -> Wa
     return atlas.reweighted(weights)
 
 
-def _localised(learned: LearnedModel, recipe: Recipe, found: Inference) -> Inference:
+def _to_read_out(learned: LearnedModel, recipe: Recipe, found: Inference) -> Inference:
     """With weights that depend on the place, and partial volume, where the recipe asks for it; the bound is without."""
-    if not recipe.local_blur or recipe.intensity == "shared":
+    if recipe.intensity == "shared" or not (recipe.local_blur or recipe.partial_volume):
         return found
-    spacing = learned.grid.spacing
-    options = MapOptions(recipe.local_blur / min(spacing))
+    spacing, theta = learned.grid.spacing, found.posterior.theta
     fluid = learned.table.fluid if recipe.classes == "table" else None
-    classes = set(range(len(found.program.intensity.components))) - {0, fluid}
-    z, power = found.posterior.sample(LOCALISING_DRAWS), recipe.power_at(math.prod(spacing))
-    theta = localise(found.program, z, *found.data, found.posterior.theta, classes, options, power)
+    z, power = found.posterior.sample(DRAWS), recipe.power_at(math.prod(spacing))
+    if recipe.local_blur:
+        classes = set(range(len(found.program.intensity.components))) - {0, fluid}
+        options = MapOptions(recipe.local_blur / min(spacing))
+        theta = localise(found.program, z, *found.data, theta, classes, options, power)
     if recipe.partial_volume and fluid is not None:
         r = label_responsibilities(found.program, z, *found.data, theta, power=power)[0]
         grid, blur = found.program.shape_prior.grid, BESIDE / min(spacing)

@@ -30,7 +30,9 @@ class SegmentationModel(PyroModule):
         form: `collapsed` has sites `z`, `scan`; `enumerated` has `z`, `labels`, `scan`.
         shared_intensity: θ for all scans, by gradient; used where the call gives none.
         intensity_prior: where θ comes from when scans are simulated without one.
-        region: bool, the grid: the voxels that scans are normalised by, see `normalise`; None for all observed ones.
+
+    Attributes:
+        region: bool, the grid: the voxels by which scans like these were normalised, see `normalise`; None: by all.
     """
 
     region: Tensor | None
@@ -43,14 +45,13 @@ class SegmentationModel(PyroModule):
         form: Form = "collapsed",
         shared_intensity: SharedIntensity | None = None,
         intensity_prior: IntensityPrior | None = None,
-        region: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.shape_prior, self.intensity = shape_prior, intensity
         self.likelihood_power, self.form = likelihood_power, form
         self.shared_intensity = shared_intensity
         self.intensity_prior = intensity_prior or IntensityPrior(intensity)
-        self.register_buffer("region", region, persistent=False)
+        self.region = None
 
     @property
     def max_plate_nesting(self) -> int:

@@ -76,7 +76,7 @@ Sessions = Annotated[
 Mask = Annotated[str, typer.Option(metavar="auto|none|PATH", help="Where scans are observed: auto finds padding.")]
 Channels = Annotated[str | None, typer.Option(metavar="A,B", help="Suffixes of the channels of one scan: T1w,FLAIR.")]
 ChannelAlign = Annotated[
-    str, typer.Option(metavar="rigid|none", help="Channels on other grids: registered to the first, or by header.")
+    str, typer.Option(metavar="rigid|none", help="Channels after the first: registered to it, or by header.")
 ]
 Brain = Annotated[bool, typer.Option("--brain", help="The scans show brains without heads; default: decided by scan.")]
 Head = Annotated[bool, typer.Option("--head", help="The scans show whole heads.")]

@@ -108,9 +108,13 @@ def test_blocks_are_of_languages_that_are_tried() -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(document: Path) -> None:
     targets = re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8"))
-    local = [target.split("#")[0] for target in targets if not target.startswith("https://")]
-    missing = [target for target in local if target and not (document.parent / target).exists()]
-    assert not missing
+    for target in (target for target in targets if not target.startswith("https://")):
+        path, _, anchor = target.partition("#")
+        page = document.parent / path if path else document
+        assert page.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -93,7 +93,7 @@ def fit_scans(
         scans: files, folders, globs. prior: a model of `learn_prior`, or its directory. out: model directory to write.
         participants, sessions: labels of the only ones to take; () takes all.
         trusted: import paths `package.module:Name` that the prior may name.
-        channel_align: rigid or none, for channels on other grids. view: brain or head; None decides by the scans.
+        channel_align: rigid or none, for channels after the first. view: brain or head; None decides by the scans.
         recipe: by name; objective, guide, intensity, likelihood_power, bias_field, steps, label_rounds
             change it.
 
@@ -143,7 +143,7 @@ def fit_scans(
             chosen = replace(chosen, sleep_steps=STEPS_OF_LARGE_GRIDS, steps=STEPS_OF_LARGE_GRIDS)
     needed = fit_memory(model, chosen, len(found), len(found[0].paths))
     check_memory("fit", needed, available_memory(where), WAY_OUT)
-    model, x, observed, used = load_scans(model, found, mask, channel_align, view, chosen)
+    model, x, observed, used, shown = load_scans(model, found, mask, channel_align, view, chosen)
     warped = isinstance(model.shape_prior, WarpedAtlas)
     chosen = recipe_for_field(chosen, model.field_of_view, math.prod(model.grid.spacing), warped)
     model = replace(model, recipe=chosen, channels=x.shape[1])
@@ -168,7 +168,7 @@ def fit_scans(
         "device": device,
         "precision": precision,
     }
-    stage = _Stage(model, chosen, x.to(where), observed.to(where), out, resume, progress, training)
+    stage = _Stage(model, chosen, x.to(where), observed.to(where), shown, out, resume, progress, training)
     program, theta = stage.start()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -208,6 +208,7 @@ class _Stage:
     recipe: Recipe
     scans: Tensor
     observed: Tensor
+    view: str
     out: str | Path | None
     resume: bool
     progress: bool
@@ -229,6 +230,9 @@ class _Stage:
         """q(z|x) on scans simulated from the program at the scans' own θ and masks: the guide alone learns."""
         shared = theta if self.recipe.intensity == "shared" else None
         program = freeze(self.program(replace(self.recipe, objective="marginal"), shared))
+        if self.view == "head":  # as `Model.place` has normalised these
+            brain = torch.from_numpy(self.model.atlas().brain > 0.5).to(self.scans.device)
+            program.region = brain.view(program.shape_prior.grid)
         task = ScanTask(program, guide, self.scans, self.observed, theta, self.recipe.batch_size, factor=None)
         options = TrainingOptions(steps=self.recipe.sleep_steps, **self.training)
         folder = None if self.out is None else Path(self.out) / ASLEEP
@@ -280,10 +284,10 @@ def load_scans(
     channel_align: str,
     view: str | None,
     recipe: Recipe,
-) -> tuple[Model, Tensor, Tensor, list[Found]]:
+) -> tuple[Model, Tensor, Tensor, list[Found], str]:
     """The model for these scans (`Model.for_scan`), and on its grid normalised intensities (n, C, *grid), observed.
 
-    Also which scans these are: one that can't be read or aligned is said and left out.
+    Also which scans these are, one that can't be read or aligned is said and left out, and what they show.
     """
     if len(found) < FEWEST_SCANS:
         raise InputError(
@@ -316,4 +320,4 @@ def load_scans(
     if len(used) < FEWEST_SCANS:
         raise InputError(f"{failures[0]}; {len(used)} of {len(found)} scans are left, a fit needs {FEWEST_SCANS}")
     say([f"{len(used)} scans on the prior's grid: {shown}s"])
-    return fitting, torch.cat([scan for scan, _ in placed]), torch.cat([seen for _, seen in placed]), used
+    return fitting, torch.cat([scan for scan, _ in placed]), torch.cat([seen for _, seen in placed]), used, shown

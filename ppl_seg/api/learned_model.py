@@ -126,11 +126,8 @@ class LearnedModel:
         table, prior = self.table, self.shape_prior
         if device is not None and prior.log_location_prior.device != device:
             prior = copy.deepcopy(prior)  # this model's stays where it is
-        region = None
-        if self.field_of_view == "head":  # as `place` normalises them
-            region = torch.from_numpy(self.atlas().brain > 0.5).view(prior.grid)
         built = build_segmentation_model(
-            prior, table.class_of_label, channels, recipe, shared, table.fluid, table.outer_fluid, region
+            prior, table.class_of_label, channels, recipe, shared, table.fluid, table.outer_fluid
         )
         return built if device is None else built.to(device)
 

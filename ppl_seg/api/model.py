@@ -65,7 +65,7 @@ class Model(LearnedModel):
             mask: auto, none, or a mask's file.
             readout: `marginals` (argmax of the label marginals) or `decoder` (argmax of f).
             objective, guide, likelihood_power, bias_field, align, recipe: in place of the model's.
-            channel_align: rigid or none, for channels on other grids than the first one's.
+            channel_align: rigid or none, for channels after the first.
             view: brain or head, where the user knows what the scan shows; None decides.
             shape_from: a label map of this scan whose q(z|s) stands for the inference of z: a ceiling, no segmentation.
             keep_probabilities, keep_draws: keep the label marginals, all drawn segmentations.

@@ -150,7 +150,8 @@ def learn_prior(
     maps = load_label_maps(found, labels, value_map, merge_sides, spacing, align, label_steps > 0)
     chosen = shape or default_shape(maps.field_of_view, latent_dim, objective)
     needed = learning_memory(chosen, len(maps.table), maps.grid.shape)
-    check_memory("prior", needed, available_memory(where), "free some, or use fewer labels or a coarser --spacing")
+    learner = torch.device("cpu") if chosen == WARP else where
+    check_memory("prior", needed, available_memory(learner), "free some, or use fewer labels or a coarser --spacing")
     watch.lap("read and align")
     if out is not None:
         identity: dict[str, Any] = {"label table": maps.table.to_dict(), "grid": maps.grid.to_dict()}

@@ -22,7 +22,8 @@ _LIBRARIES = 0.6e9
 _PER_LABEL_AND_GRID_VOXEL = 55  # inference of z
 _PER_VOXEL = 80  # a scan in its own voxels with its masks, label map, entropy
 _PER_CHANNEL_AND_VOXEL = 24
-_WARP_LEARNS, _DECODER_LEARNS = 55, 85  # a label and voxel of the grid, whatever the number of label maps
+# A label and voxel of the grid, whatever the number of label maps; of a large grid a step takes a lattice.
+_WARP_LEARNS, _DECODER_LEARNS, _DECODER_LEARNS_MORE, _LARGE = 55, 200, 62, 7e6
 _IN_TRAINING = 28  # of each scan of a batch, label and voxel of the grid
 _PER_SCAN_KEPT = 30  # of each scan, channel and voxel of the grid
 _PER_TARGET = 2  # of each scan, label and voxel of the grid
@@ -51,7 +52,10 @@ def prior_memory(voxels: int, label_steps: int) -> float:
 
 def learning_memory(shape: str, labels: int, grid: Sequence[int]) -> float:
     """Bytes that learning a shape prior takes, a warped atlas or a decoder."""
-    return _LIBRARIES + (_WARP_LEARNS if shape == WARP else _DECODER_LEARNS) * labels * math.prod(grid)
+    numbers = labels * math.prod(grid)
+    if shape == WARP:
+        return _LIBRARIES + _WARP_LEARNS * numbers
+    return _LIBRARIES + _DECODER_LEARNS * min(numbers, _LARGE) + _DECODER_LEARNS_MORE * max(0, numbers - _LARGE)
 
 
 def fit_memory(model: Model, recipe: Recipe, scans: int, channels: int) -> float:

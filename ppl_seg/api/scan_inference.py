@@ -37,9 +37,10 @@ class Inference:
     """One scan's posterior on the grid.
 
     program, data: what z was inferred with, data (scan, observed); both with the label guide's factor where there is
-    one that was learned awake. model: the program without it. log_u: the label guide's word, (M, *grid), or None.
-    bound: of the program, by the objective, nats; with the factor it is a lower bound of the bound without, see
-    `models.guided_intensity`. kl: KL(q ‖ p). strength: that the bound chose for a warped atlas, or None.
+    one that was learned awake. model: the program without it. Both have p(x|s) as it is read out, θ in the posterior is
+    theirs. log_u: the label guide's word, (M, *grid), or None. bound: of the program that z was inferred with, by the
+    objective, nats; with the factor it is a lower bound of the bound without, see `models.guided_intensity`.
+    kl: KL(q ‖ p). strength: that the bound chose for a warped atlas, or None.
     """
 
     posterior: Posterior

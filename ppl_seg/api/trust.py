@@ -37,7 +37,7 @@ def trust(*names: str | None) -> None:
         elif isinstance(part, type) and issubclass(part, nn.Module):
             DECODERS[name] = part
         else:
-            raise InputError(f"{name}: neither a guide's family, an objective nor a decoder; see docs/objectives.md")
+            raise InputError(f"{name}: neither a guide's family, an objective nor a decoder; see docs/own_parts.md")
 
 
 def refuse_foreign(names: dict[str, str], source: object) -> None:

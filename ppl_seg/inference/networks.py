@@ -92,7 +92,6 @@ def build_segmentation_model(
     shared: IntensityParameters | None = None,
     fluid: int | None = None,
     outer_fluid: Sequence[int] = (),
-    region: Tensor | None = None,
 ) -> SegmentationModel:
     """The program that a recipe asks for; the shape prior is frozen in place.
 
@@ -100,7 +99,6 @@ def build_segmentation_model(
         class_of_label: intensity class of each label, by the label table.
         shared: where shared θ starts, or what it is; None for θ per scan.
         fluid: class of cerebrospinal fluid, where there is one. outer_fluid: labels of what of it surrounds the brain.
-        region: bool, the grid: what scans are normalised by; None for all that is observed.
     """
     num_labels = shape_prior.num_labels
     classes = list(range(num_labels)) if recipe.classes == "labels" else list(class_of_label)
@@ -112,7 +110,7 @@ def build_segmentation_model(
     freeze(shape_prior)
     form = OBJECTIVES[recipe.objective].form  # type: ignore[attr-defined]
     shared_intensity = None if shared is None else SharedIntensity(intensity, shared)
-    return SegmentationModel(shape_prior, intensity, recipe.beta, form, shared_intensity, region=region)
+    return SegmentationModel(shape_prior, intensity, recipe.beta, form, shared_intensity)
 
 
 def with_prefix(module: nn.Module | None, prefix: str) -> dict[str, Tensor]:

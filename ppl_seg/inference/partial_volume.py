@@ -26,8 +26,9 @@ def with_shared_voxels(
 
     A voxel that holds a share a of fluid has the mean a μ_F + (1 − a) μ_T, and is tissue where a < 1/2. So a class of
     tissue has one Gaussian more, with the mean and spread of a uniform a from 0 to 1/2, as often as there is fluid
-    nearby, and fluid one for a from 1/2 to 1. Of the Gaussians that fluid has, some learned from voxels of its border,
-    each counts by how much of it lies beyond 1/2. Cf. Van Leemput et al., IEEE TMI 2003.
+    nearby, and fluid, where there is anything else nearby, one for a from 1/2 to 1. Of the Gaussians that fluid has,
+    some learned from voxels of its border, each counts by how much of it lies beyond 1/2. Cf. Van Leemput et al., IEEE
+    TMI 2003.
 
     Args:
         theta: of one scan. responsibilities: of labels, (M, J). fluid: its class. blur: sd, voxels of the grid.
@@ -37,7 +38,7 @@ def with_shared_voxels(
     """
     of_class = intensity.class_sums(responsibilities[None])[0]
     is_fluid = of_class[fluid]
-    near_fluid, near_tissue = (gaussian_blur(one.view(1, 1, *grid), blur).flatten() for one in (is_fluid, 1 - is_fluid))
+    near_fluid, near_others = (gaussian_blur(one.view(1, 1, *grid), blur).flatten() for one in (is_fluid, 1 - is_fluid))
     volumes = of_class @ near_fluid
     volumes[[0, fluid]] = 0.0
     if not float(volumes.sum()) > 0:
@@ -52,7 +53,7 @@ def with_shared_voxels(
     for n, s in enumerate(intensity.slices):
         gaussians = (theta.mean[0, s], theta.sd[0, s], maps[s])
         if n == fluid:
-            gaussians = _and_shared(*gaussians, pure, tissue, near_tissue)
+            gaussians = _and_shared(*gaussians, pure, tissue, near_others)
         elif n:  # background is of any brightness as it is
             gaussians = _and_shared(*gaussians, averages[n], pure, near_fluid)
         found.append(gaussians)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -13,9 +14,13 @@ from scipy import ndimage
 
 from ppl_seg import learn_prior
 from ppl_seg.api import Model
+from ppl_seg.api.fit import _Stage
 from ppl_seg.data.loading import load_scan
 from ppl_seg.errors import InputError
+from ppl_seg.inference.networks import build_scan_guide
 from ppl_seg.inference.recipes import build_recipe
+from ppl_seg.inference.training_log import TrainingLog
+from ppl_seg.models.segmentation import SegmentationModel
 from tests.data.heads import BRIGHT, head_labels, resized, scan_of
 from tests.data.test_bias_field import wave
 
@@ -71,13 +76,25 @@ def test_an_unknown_choice_is_refused(head: tuple[Model, Path]) -> None:
         head[0].segment(head[1], bias_field="N3")
 
 
-def test_simulated_heads_are_normalised_by_the_brain_as_real_ones_are(head: tuple[Model, Path]) -> None:
-    model, _ = head
-    region = model.program(build_recipe("default"), channels=1).region
-    assert region is not None and region.shape == model.shape_prior.grid
-    assert torch.equal(region, torch.from_numpy(model.atlas().brain > 0.5)) and 0 < region.float().mean() < 0.5
-    brain, _ = model.for_scan(load_scan((head[1],)), "brain")
-    assert brain.program(build_recipe("default"), channels=1).region is None
+def test_simulated_heads_are_normalised_by_the_brain_as_real_ones_are(
+    head: tuple[Model, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, scan = head
+    regions = []
+
+    def spy(self: _Stage, program: SegmentationModel, *_: Any) -> TrainingLog:
+        regions.append(program.region)
+        return TrainingLog()
+
+    monkeypatch.setattr(_Stage, "_fit", spy)
+    for view in ("head", "crop"):
+        own = load_scan((scan,))
+        _, x, observed, _ = model.place(own, "none", view, build_recipe("default"))
+        stage = _Stage(model, model.recipe, x, observed, view, None, False, False, {})
+        stage.learn_asleep(build_scan_guide(model.shape_prior, "mean-field", 1), stage.start()[1])
+    of_head, of_crop = regions
+    assert torch.equal(of_head, torch.from_numpy(model.atlas().brain > 0.5)) and 0 < of_head.float().mean() < 0.5
+    assert of_crop is None
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,8 @@ def brain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Path]:
     scan = np.where(labels > 0, np.maximum(scan_of(labels, affine, BRIGHT).data, 1), 0)
     nib.save(nib.Nifti1Image(scan.astype(np.float32), affine), folder / "sub-1_T1w.nii.gz")
     maps = sorted(folder.glob("*dseg.nii.gz"))
-    return learn_prior(maps, labels=folder / "labels.tsv", spacing=6, steps=2, align="none"), folder / "sub-1_T1w.nii.gz"
+    prior = learn_prior(maps, labels=folder / "labels.tsv", spacing=6, steps=2, align="none")
+    return prior, folder / "sub-1_T1w.nii.gz"
 
 
 def infer(brain: tuple[Model, Path], recipe: Recipe) -> Inference:
@@ -42,13 +43,16 @@ def infer(brain: tuple[Model, Path], recipe: Recipe) -> Inference:
     return infer_scan(model, recipe, scan, observed)
 
 
-@pytest.mark.parametrize("local_blur", [0.0, 4.0])
-def test_what_is_read_out_has_shared_voxels(brain: tuple[Model, Path], local_blur: float) -> None:
+@pytest.mark.parametrize(("local_blur", "mask"), [(0.0, 1.0), (4.0, 0.3)])
+def test_what_is_read_out_has_shared_voxels(brain: tuple[Model, Path], local_blur: float, mask: float) -> None:
+    """With the mask as an observation, too: then z is inferred with another program than is read out."""
     recipe = replace(brain[0].adapted_recipe(build_recipe("default")), local_blur=local_blur)
+    recipe = replace(recipe, mask_background=mask, mask_fluid=mask)
     assert recipe.partial_volume and brain[0].field_of_view == "brain"
     without, found = (infer(brain, replace(recipe, partial_volume=on)) for on in (False, True))
     background, *others = without.model.intensity.components
     assert found.model.intensity.components == (background, *(k + 1 for k in others))
+    assert (found.program is found.model) == (mask == 1)
     assert found.program.intensity.components == found.model.intensity.components
     assert found.bound == without.bound and torch.equal(found.posterior.q.mean, without.posterior.q.mean)
     marginals = found.label_marginals(2, 1.0)

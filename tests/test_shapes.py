@@ -170,7 +170,7 @@ def test_fit_and_segment(run: Run, prior: Path, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--shape", "sphere"), "--shape sphere: unknown; choose convolutional, warp, or a decoder as package.module:Name"),
+        (("--shape", "sphere"), "--shape sphere: unknown; choose convolutional, warp, or a decoder"),
         (("--shape", "warp", "--latent-dim", 4), "leave --latent-dim and --objective out"),
         (("--shape", "warp", "--objective", "trace"), "leave --latent-dim and --objective out"),
     ],

@@ -11,7 +11,7 @@ from ..models.shape_prior import gaussian_blur
 BESIDE = 2.0  # mm, sd of the Gaussian through which fluid is near
 SHARED = 2.0  # how often voxels are shared, for each voxel of the other kind nearby; half of them at most
 SELDOM = 0.1  # weight of a Gaussian of fluid below which it may be of anything
-WIDTH = 48**-0.5  # sd of a number that is uniform over a quarter, from 0 to 1/2, about 1/4
+WIDTH = 48**-0.5  # sd of a uniform from 0 to 1/2
 
 
 def with_shared_voxels(
@@ -37,8 +37,7 @@ def with_shared_voxels(
         Model and θ, with weight maps of all components. As they were, where nothing lies beside fluid.
     """
     of_class = intensity.class_sums(responsibilities[None])[0]
-    is_fluid = of_class[fluid]
-    near_fluid, near_others = (gaussian_blur(one.view(1, 1, *grid), blur).flatten() for one in (is_fluid, 1 - is_fluid))
+    near_fluid = gaussian_blur(of_class[fluid].view(1, 1, *grid), blur).flatten()
     volumes = of_class @ near_fluid
     volumes[[0, fluid]] = 0.0
     if not float(volumes.sum()) > 0:
@@ -47,13 +46,13 @@ def with_shared_voxels(
     averages = torch.stack([weight[s] @ theta.mean[0, s] for s in intensity.slices])  # (N, C)
     tissue, of_fluid = volumes @ averages / volumes.sum(), intensity.slices[fluid]
     pure, mostly = _pure_fluid(theta.mean[0, of_fluid], theta.sd[0, of_fluid], weight[of_fluid], tissue)
-    maps = theta.log_weights()[0].expand(-1, is_fluid.shape[0]).clone()
+    maps = theta.log_weights()[0].expand(-1, len(near_fluid)).clone()
     maps[of_fluid] = (maps[of_fluid] + mostly.log()[:, None]).log_softmax(0)
     found = []
     for n, s in enumerate(intensity.slices):
         gaussians = (theta.mean[0, s], theta.sd[0, s], maps[s])
         if n == fluid:
-            gaussians = _and_shared(*gaussians, pure, tissue, near_others)
+            gaussians = _and_shared(*gaussians, pure, tissue, 1 - near_fluid)
         elif n:  # background is of any brightness as it is
             gaussians = _and_shared(*gaussians, averages[n], pure, near_fluid)
         found.append(gaussians)

@@ -255,9 +255,6 @@ def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float, wa
         return replace(recipe, components=1, fluid_components=1, pseudo=pseudo)
     recipe = replace(recipe, background_components=2)
     if recipe.shape == "prior":
-        recipe = replace(recipe, local_blur=LOCAL_BLUR, partial_volume=True)
-    if not warped:
-        return recipe
-    if recipe.shape == "prior":
-        recipe = replace(recipe, fusion_power=min(1.0, FUSION_POWER_OF_A_CUBIC_MM * voxel_volume))
-    return replace(recipe, mask_background=0.2, mask_fluid=0.4)
+        fusion = min(1.0, FUSION_POWER_OF_A_CUBIC_MM * voxel_volume) if warped else 0.0
+        recipe = replace(recipe, local_blur=LOCAL_BLUR, partial_volume=True, fusion_power=fusion)
+    return replace(recipe, mask_background=0.2, mask_fluid=0.4) if warped else recipe

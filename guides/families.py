@@ -21,6 +21,7 @@ from torch.distributions import (
 from torch.nn import functional
 
 SCALE_FLOOR = 1e-3
+KL_DRAWS = 64
 _UNIT = 0.541324854612918  # softplus(_UNIT) = 1: raw zeros give the prior
 
 
@@ -57,7 +58,10 @@ class MeanField(Family):
 
 
 class LowRank(Family):
-    """N(loc, W Wᵀ + diag(d)) with W of D × rank; raw = (loc, d, W), D (2 + rank) numbers."""
+    """N(loc, W Wᵀ + diag(d)) with W of D × rank; raw = (loc, d, columns of W), D (2 + rank) numbers.
+
+    All of raw is D numbers after D numbers, so that an encoder can say at a place what belongs to it.
+    """
 
     start: Tensor
 
@@ -72,7 +76,7 @@ class LowRank(Family):
         """q(z) with event shape (D,) from raw parameters (..., D (2 + rank))."""
         d = self.latent_dim
         z_loc, z_scale, factor = raw.split([d, d, d * self.rank], -1)
-        factor = factor.unflatten(-1, (d, self.rank)) + self.start.to(raw.dtype)
+        factor = factor.unflatten(-1, (self.rank, d)).mT + self.start.to(raw.dtype)
         with _full_precision(raw):
             return _LowRankNormal(z_loc, factor, _scale(z_scale).square())
 
@@ -132,6 +136,25 @@ def build_family(name: str, latent_dim: int, **options: int) -> Family:
     return FAMILIES[name](latent_dim, **options)
 
 
+def covariance_of(posterior: Any) -> Tensor:
+    """Covariance, (..., D, D), of a normal of event shape (D,).
+
+    Raises:
+        ValueError: another distribution.
+    """
+    base = posterior.base_dist if isinstance(posterior, Independent) else posterior
+    if not isinstance(base, Normal | MultivariateNormal | LowRankMultivariateNormal):
+        raise ValueError(f"a guide of decoders must be a normal; found {type(base).__name__}")
+    covariance = torch.diag_embed(posterior.variance) if isinstance(base, Normal) else base.covariance_matrix
+    return torch.as_tensor(covariance)
+
+
 def kl_to_prior(posterior: dist.Distribution, prior: dist.Distribution) -> Tensor:
-    """KL(q ‖ p) per scan, analytic."""
-    return kl_divergence(posterior, prior.expand(posterior.batch_shape))
+    """KL(q ‖ p) per scan, analytic; of a family whose KL torch does not know, from draws."""
+    prior = prior.expand(posterior.batch_shape)
+    try:
+        return kl_divergence(posterior, prior)
+    except NotImplementedError:
+        z = posterior.rsample(torch.Size((KL_DRAWS,)))
+        ratio: Tensor = posterior.log_prob(z) - prior.log_prob(z)
+        return ratio.mean(0)

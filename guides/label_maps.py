@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..models.decoders import Lattice
 from ..models.shape_prior import ShapePrior
-from .families import Family
+from .families import Family, covariance_of
 
 
 class LabelMapGuide(PyroModule):
@@ -56,10 +56,7 @@ class LabelMapGuide(PyroModule):
 
     def _standardised(self, posterior: dist.Distribution) -> dist.Distribution:
         """q(z) from q(u): N(L⁻¹(a − m), L⁻¹ Σ L⁻ᵀ)."""
-        if isinstance(posterior, dist.LowRankMultivariateNormal):
-            covariance = posterior.covariance_matrix
-        else:
-            covariance = torch.diag_embed(posterior.variance)
+        covariance = covariance_of(posterior)
         scale_tril = self.latent_scale_tril.double()
         centred = (posterior.mean - self.latent_loc).double().unsqueeze(-1)
         loc = torch.linalg.solve_triangular(scale_tril, centred, upper=False).squeeze(-1)

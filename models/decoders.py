@@ -1,4 +1,4 @@
-"""z → label scores over the grid; computed at half resolution or coarser and interpolated, since shapes are smooth."""
+"""z → label scores on a grid of half resolution or coarser: shapes are smooth, and the prior interpolates."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ class ConvolutionalDecoder(nn.Module):
         for parameter in self.to_scores.parameters():
             nn.init.zeros_(parameter)
 
-    def coarse(self, z: Tensor) -> Tensor:
-        """Scores at the finest level computed, (..., M, *coarse grid), for z (..., D)."""
+    def forward(self, z: Tensor) -> Tensor:
+        """Scores at the finest level, (..., M, *coarse grid), for z (..., D)."""
         flat = z.reshape(-1, z.shape[-1])
         single = len(flat) == 1 and len(self.grid) == 3
         # torch's 3-D convolution of a single small volume on a CPU takes longer than of two
@@ -104,29 +104,17 @@ class ConvolutionalDecoder(nn.Module):
         scores = (scores[:1] if single else scores).contiguous()
         return scores.view(*z.shape[:-1], *scores.shape[1:])
 
-    def forward(self, z: Tensor, lattice: Lattice | None = None) -> Tensor:
-        """Scores (..., M, *grid), or on the lattice's voxels alone, for z (..., D)."""
-        return enlarge(self.coarse(z), self.grid, lattice)
-
 
 class LocationDecoder(nn.Module):
     """No shape at all: scores are zero, f = p_loc. The baseline that EM with an atlas is."""
 
     def __init__(self, latent_dim: int, num_labels: int, grid: Sequence[int]) -> None:
         super().__init__()
-        self.shape = (num_labels, *grid)
+        self.shape = (num_labels, *[1] * len(grid))
 
-    def coarse(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor) -> Tensor:
         """Zeros of a single voxel, (..., M, 1, 1, 1), or (..., M, 1, 1) for a 2-D grid."""
-        labels, *grid = self.shape
-        return z.new_zeros(()).expand(*z.shape[:-1], labels, *[1] * len(grid))
-
-    def forward(self, z: Tensor, lattice: Lattice | None = None) -> Tensor:
-        """Zeros, (..., M, *grid), or on the lattice's voxels alone."""
-        labels, *grid = self.shape
-        if lattice is not None:
-            grid = [len(range(n)[some]) for n, some in zip(grid, lattice, strict=True)]
-        return z.new_zeros(()).expand(*z.shape[:-1], labels, *grid)
+        return z.new_zeros(()).expand(*z.shape[:-1], *self.shape)
 
 
 DECODERS: dict[str, Callable[..., nn.Module]] = {"convolutional": ConvolutionalDecoder, "location": LocationDecoder}

@@ -13,7 +13,7 @@ from pyro import distributions as dist
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from .decoders import Lattice
+from .decoders import Lattice, enlarge
 from .interpolation import linear_rows, unravel, weighted_rows
 from .label_field import LabelField
 from .voxels import Voxels, take
@@ -76,10 +76,11 @@ class LabelPrior(nn.Module, ABC):
         """Scores at some voxels, (..., M, n)."""
         return take(self.label_scores(z).flatten(-len(self.grid)), voxels)
 
+    @abstractmethod
     def sketch(self, z: Tensor, voxels: Voxels) -> Tensor:
-        """What `sketched_probs` makes f of at any of these voxels (n,), in few numbers, (..., K, ...): scores."""
-        return self.flat_scores(z, voxels)
+        """What `sketched_probs` makes f of at any of these voxels (n,), in few numbers, (..., K, ...)."""
 
+    @abstractmethod
     def sketched_probs(self, sketches: Tensor, rows: Tensor, voxels: Tensor, labels: Tensor) -> Tensor:
         """f of some labels at some voxels, (L, N, G).
 
@@ -87,15 +88,6 @@ class LabelPrior(nn.Module, ABC):
             sketches: of G draws, (K, ..., G). voxels: flat, (N,). rows: where they are among those sketched, (N,).
             labels: positions, (L,).
         """
-        return self._probs(sketches[:, rows], voxels)[labels]
-
-    def _probs(self, scores: Tensor, voxels: Tensor) -> Tensor:
-        """f of scores (M, N, G), which are overwritten, at voxels (N,)."""
-        scores += self.log_location_prior.flatten(1)[:, voxels, None]
-        scores -= scores.amax(0)
-        scores.exp_()
-        scores /= scores.sum(0)
-        return scores
 
     def label_logits(self, z: Tensor, lattice: Lattice | None = None) -> Tensor:
         """a = scores + log p_loc, (..., M, *grid), or on the lattice's voxels alone."""
@@ -108,14 +100,14 @@ class LabelPrior(nn.Module, ABC):
 
 
 class ShapePrior(LabelPrior):
-    """f_j(z) = softmax_m(decoder(m + L z)_jm + log p_loc,jm), with p(z) = N(0, I).
+    """f_j(z) = softmax_m(enlarge(decoder(m + L z))_jm + log p_loc,jm), with p(z) = N(0, I).
 
     m = 0 and L = I while the decoder is learned; `calibrate` then sets them, so that p(z) is the density of the
     anatomies themselves and not of their augmented copies.
 
     Args:
         location_prior: p_loc, (M, *grid), positive.
-        decoder: z (..., D) → scores (..., M, *grid); a lattice as second argument where it is trained on one.
+        decoder: z (..., D) → scores (..., M, *coarse grid) of any shape, which are interpolated to the grid.
         latent_dim: D.
 
     Raises:
@@ -133,29 +125,29 @@ class ShapePrior(LabelPrior):
 
     def label_scores(self, z: Tensor, lattice: Lattice | None = None) -> Tensor:
         """Decoder output, (..., M, *grid), or on the lattice's voxels alone."""
-        code = self._code(z)
-        scores: Tensor = self.decoder(code) if lattice is None else self.decoder(code, lattice)
+        return enlarge(self._coarse_scores(z), self.grid, lattice)
+
+    def _coarse_scores(self, z: Tensor) -> Tensor:
+        """Decoder output of z, which has the prior's coordinates, (..., M, *coarse grid)."""
+        scores: Tensor = self.decoder(self.latent_loc + z @ self.latent_scale_tril.T)
         return scores
 
     def sketch(self, z: Tensor, voxels: Voxels) -> Tensor:
-        """The scores that the decoder interpolates to the grid, (..., M, *coarse grid), where it does."""
-        coarse = getattr(self.decoder, "coarse", None)
-        return super().sketch(z, voxels) if coarse is None else coarse(self._code(z))
+        """The scores before they are interpolated, (..., M, *coarse grid)."""
+        return self._coarse_scores(z)
 
     def sketched_probs(self, sketches: Tensor, rows: Tensor, voxels: Tensor, labels: Tensor) -> Tensor:
-        """As a prior's; coarse scores are interpolated as `enlarge` does."""
-        if sketches.dim() == 3:
-            return super().sketched_probs(sketches, rows, voxels, labels)
+        """As a prior's; scores are interpolated as `enlarge` does."""
         coarse = sketches.shape[1:-1]
         ratio = torch.tensor([c / n for c, n in zip(coarse, self.grid, strict=True)], dtype=torch.float64)
         places = unravel(voxels, self.grid).double()
         index, weight = linear_rows((places + 0.5) * ratio.to(places.device) - 0.5, coarse)
         scores = weighted_rows(sketches.flatten(1, -2), index, weight.to(sketches.dtype))
-        return self._probs(scores, voxels)[labels]
-
-    def _code(self, z: Tensor) -> Tensor:
-        """z in the decoder's own coordinates."""
-        return self.latent_loc + z @ self.latent_scale_tril.T
+        scores += self.log_location_prior.flatten(1)[:, voxels, None]
+        scores -= scores.amax(0)
+        scores.exp_()
+        scores /= scores.sum(0)
+        return scores[labels]
 
     def calibrate(self, loc: Tensor, covariance: Tensor) -> None:
         """Let z = 0 be `loc` (D,) and z ~ N(0, I) have `covariance` (D, D) in the decoder's own coordinates."""

@@ -16,7 +16,8 @@ from ppl_seg.inference import expectation, networks, posterior, recipes
 from ppl_seg.inference.objectives import Jensen, Marginal
 from ppl_seg.models.normalisation import normalise
 
-ELBOS = {"marginal": Marginal, "jensen": Jensen, "trace": Trace_ELBO, "enum": TraceEnum_ELBO}
+ELBOS = {"marginal": (Marginal, "collapsed"), "jensen": (Jensen, "collapsed"), "trace": (Trace_ELBO, "collapsed")}
+ELBOS |= {"enum": (TraceEnum_ELBO, "enumerated")}  # each with the form of the program: labels summed out, or a site
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("scans", nargs="+", type=Path)
@@ -27,15 +28,15 @@ parser.add_argument("--elbo", choices=ELBOS, default="marginal")
 parser.add_argument("--epochs", type=int, default=100)
 args = parser.parse_args()
 pyro.set_rng_seed(0)
-
 saved = torch.load(args.prior, weights_only=True)
 table, grid = labels.LabelTable.from_dict(saved["table"]), grids.Grid.from_dict(saved["grid"])
-prior = networks.build_shape_prior(saved["prior"]["log_location_prior"].exp(), "convolutional", saved["latent"])
+prior = networks.build_shape_prior(saved["prior"]["log_location_prior"].exp(), saved["decoder"], saved["latent"])
 prior.load_state_dict(saved["prior"])
-recipe = recipes.build_recipe("default", objective=args.elbo, guide=args.guide)
+recipe = recipes.build_recipe("default", guide=args.guide)
 model = networks.build_segmentation_model(prior, table.class_of_label, 1, recipe)  # freezes the prior
 guide = networks.build_scan_guide(prior, args.guide, 1)
-factor = posterior.factor_of(args.elbo)  # q(s|·) of the bound, which θ is learned from: f for jensen, else r
+elbo, model.form = ELBOS[args.elbo]
+factor = getattr(elbo, "factor", "posterior")  # what θ is learned from, the bound's q(s|·): f of jensen, else r
 
 placed = []
 for own in (loading.load_scan([path]) for path in args.scans):
@@ -46,15 +47,14 @@ scans, observed = (torch.stack(part) for part in zip(*placed, strict=True))  # (
 
 theta, losses = posterior.start_theta(model, scans, observed, recipe), []
 with pyro.get_param_store().scope():  # the store is global: this training's parameters leave with the scope
-    elbo = ELBOS[args.elbo](max_plate_nesting=model.max_plate_nesting)
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), loss=elbo)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), loss=elbo(max_plate_nesting=model.max_plate_nesting))
     for epoch in range(args.epochs):  # gradient steps on q at the present θ, then an M-step at draws of q
         batches = torch.randperm(len(scans)).split(8)
         losses.append(sum(svi.step(scans[b], observed[b], theta.select(b)) for b in batches) / scans.numel())
         with torch.no_grad():
-            z = guide.posterior(scans, observed).sample((2,))
-        theta, background = expectation.update_theta(model, z, scans, observed, theta, factor)
-        theta = theta.with_maps(expectation.weight_maps(background, grid.shape, expectation.MapOptions()))
+            z = torch.stack([guide(scans, observed) for _ in range(2)])
+        theta, background = expectation.update_theta(model, z, scans, observed, theta, factor, recipe.pseudo)
+        theta = theta.with_maps(expectation.weight_maps(background, grid.shape, recipe.maps))
         print(f"epoch {epoch + 1} of {args.epochs}: loss per voxel {losses[-1]:.4f}", flush=True)
-fitted = {"guide": guide.state_dict(), "maps": theta.log_weight_maps, "recipe": recipe.to_dict()}
+fitted = {"guide": guide.state_dict(), "maps": theta.log_weight_maps, "recipe": recipe.to_dict(), "factor": factor}
 torch.save(saved | fitted | {"losses": losses}, args.out)  # no objects: weights_only=True reads it

@@ -18,7 +18,7 @@ from ppl_seg.data.labels import LabelTable
 from ppl_seg.data.loading import load_scan, scan_on_grid
 from ppl_seg.inference.expectation import expectation_maximisation
 from ppl_seg.inference.networks import build_scan_guide, build_segmentation_model, build_shape_prior
-from ppl_seg.inference.posterior import factor_of, start_theta
+from ppl_seg.inference.posterior import start_theta
 from ppl_seg.inference.recipes import Recipe
 from ppl_seg.models.normalisation import normalise
 from ppl_seg.results.readout import read_out
@@ -33,8 +33,8 @@ pyro.set_rng_seed(0)
 
 saved = torch.load(args.fitted, weights_only=True)
 table, grid = LabelTable.from_dict(saved["table"]), Grid.from_dict(saved["grid"])
-recipe, factor = Recipe.from_dict(saved["recipe"]), factor_of(saved["recipe"]["objective"])
-prior = build_shape_prior(saved["prior"]["log_location_prior"].exp(), "convolutional", saved["latent"])
+recipe, factor = Recipe.from_dict(saved["recipe"]), saved["factor"]
+prior = build_shape_prior(saved["prior"]["log_location_prior"].exp(), saved["decoder"], saved["latent"])
 prior.load_state_dict(saved["prior"])
 model = build_segmentation_model(prior, table.class_of_label, 1, recipe)
 guide = build_scan_guide(prior, recipe.guide, 1)
@@ -46,9 +46,9 @@ matrix = center_matrix(own.image.shape, own.image.affine, grid)
 scan, observed = scan_on_grid(normalised, own.observed, matrix, grid.shape)
 scan, observed = scan[None], observed[None]
 with torch.no_grad():
-    z = guide.posterior(scan, observed).sample((args.draws,))  # (S, 1, D)
+    z = torch.stack([guide(scan, observed) for _ in range(args.draws)])  # (S, 1, D)
 theta = start_theta(model, scan, observed, recipe, saved["maps"])
-theta = expectation_maximisation(model, scan, observed, theta, z[:8], 8, factor)
+theta = expectation_maximisation(model, scan, observed, theta, z[:8], 8, factor, recipe.pseudo)
 result = read_out(model, z[:, 0], theta, normalised, own.observed, matrix, keep_draws=True, spacing=grid.spacing)
 
 write_image(f"{args.out}_dseg.nii.gz", table.from_positions(np.asarray(result.labels)), like=own.image)

@@ -21,6 +21,7 @@ from ppl_seg.guides.families import FAMILIES
 from ppl_seg.inference.calibration import calibrate_prior
 from ppl_seg.inference.networks import build_label_map_guide, build_shape_prior
 from ppl_seg.inference.objectives import Marginal
+from ppl_seg.models.decoders import DECODERS
 from ppl_seg.models.shape_prior import ShapeModel, location_prior
 
 ELBOS = {"marginal": Marginal, "trace": Trace_ELBO}  # analytic KL, sampled KL
@@ -28,6 +29,7 @@ ELBOS = {"marginal": Marginal, "trace": Trace_ELBO}  # analytic KL, sampled KL
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("label_maps", nargs="+")
 parser.add_argument("--out", required=True)
+parser.add_argument("--decoder", choices=DECODERS, default="convolutional")
 parser.add_argument("--guide", choices=FAMILIES, default="mean-field")
 parser.add_argument("--elbo", choices=ELBOS, default="marginal")
 parser.add_argument("--latent", type=int, default=32, help="dimension of z")
@@ -44,7 +46,7 @@ placed = [labels_on_grid(image, table, parcels, m, grid.shape) for image, m in z
 labels, observed = (torch.stack(part) for part in zip(*placed, strict=True))  # (n, *grid), (n, 1, *grid)
 
 location = location_prior(labels, observed, len(table))
-prior = build_shape_prior(location, "convolutional", args.latent)
+prior = build_shape_prior(location, args.decoder, args.latent)
 guide = build_label_map_guide(args.guide, args.latent, len(table), grid.shape)
 losses = []
 with pyro.get_param_store().scope():  # the store is global: this training's parameters leave with the scope
@@ -56,5 +58,7 @@ with pyro.get_param_store().scope():  # the store is global: this training's par
         losses.append(svi.step(*batch) / batch[0].numel())
         print(f"step {step + 1} of {args.steps}: loss per voxel {losses[-1]:.4f}", flush=True)
 calibrate_prior(prior, guide, labels, observed)  # lay N(0, I) over the maps themselves, not their deformed copies
-described = {"table": table.to_dict(), "grid": grid.to_dict(), "latent": args.latent, "losses": losses}
-torch.save(described | {"prior": prior.state_dict()}, args.out)  # no objects: weights_only=True reads it
+described = {"table": table.to_dict(), "grid": grid.to_dict(), "decoder": args.decoder, "latent": args.latent}
+torch.save(
+    described | {"prior": prior.state_dict(), "losses": losses}, args.out
+)  # no objects: weights_only=True reads it

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ppl_seg.data.augmentation import deform
+from ppl_seg.errors import InputError
 from ppl_seg.guides.deformations import DeformationGuide
-from ppl_seg.guides.families import build_family
+from ppl_seg.guides.families import build_family, covariance_of
 from ppl_seg.guides.label_maps import LabelMapGuide
 from ppl_seg.inference.atlas import learn_atlas
 from ppl_seg.inference.calibration import calibrate_prior
@@ -93,6 +94,9 @@ def learn_decoder(
     """A decoder, by its name, and a network q(z|s), by SVI on augmented label maps.
 
     options: with 0 steps, as many as is usual.
+
+    Raises:
+        InputError: a family of q(z|s) whose covariance, which p(z) takes over, is not known.
     """
     num_labels, where = len(lesson.location), resolve_device(options.device)
     with torch.random.fork_rng(devices=[]):
@@ -100,6 +104,10 @@ def learn_decoder(
         decoder = build_decoder(name, latent_dim, num_labels, lesson.grid)
         prior = ShapePrior(lesson.location, decoder, latent_dim)
         guide = build_label_map_guide(lesson.family, latent_dim, num_labels, lesson.grid)
+    try:
+        covariance_of(guide.family(torch.zeros(1, guide.family.num_parameters)))
+    except ValueError as error:
+        raise InputError(f"--guide {lesson.family}: {error}") from error
     effort = LARGE if math.prod(lesson.grid) > LARGE_GRID else SMALL
     options = replace(options, steps=options.steps or effort.steps)
     options = replace(options, eval_every=max(1, options.steps // 20))

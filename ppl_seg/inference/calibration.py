@@ -2,7 +2,8 @@
 
 Label maps are deformed at random while the decoder is learned, so that tens of maps become many. The latent space then
 holds the augmented copies: the maps' own codes fill a small part of it, off its centre, and shapes that no anatomy has
-are as likely as those that people have. So p(z) is moved to the codes' mean and shrunk covariance.
+are as likely as those that people have. So p(z) is moved to the codes' mean and covariance: their own, shrunk, and
+that of each q(z|s) around its code.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..guides.families import covariance_of
 from ..guides.label_maps import LabelMapGuide
 from ..models.shape_prior import ShapePrior
 
@@ -20,14 +22,14 @@ def calibrate_prior(shape_prior: ShapePrior, guide: LabelMapGuide, labels: Tenso
     Args:
         labels: positions, (n, *grid), not augmented. observed: bool, (n, 1, *grid).
     """
-    means, variances = [], []
+    means, covariances = [], []
     with torch.no_grad():
         for s, o in zip(labels.split(8), observed.split(8), strict=True):
             posterior = guide.posterior(s.long(), o)
             means.append(posterior.mean)
-            variances.append(posterior.variance)
+            covariances.append(covariance_of(posterior))
         codes = torch.cat(means).double()
-        covariance = shrunk_covariance(codes) + torch.diag(torch.cat(variances).double().mean(0))
+        covariance = shrunk_covariance(codes) + torch.cat(covariances).double().mean(0)
         shape_prior.calibrate(codes.mean(0), covariance)
     guide.follow(shape_prior)
 

@@ -1,4 +1,9 @@
-"""The objectives: ELBO classes in Pyro's form, by name. The value of a batch is the sum of its scans'."""
+"""The objectives: ELBO classes in Pyro's form, by name. The value of a batch is the sum of its scans'.
+
+Beside Pyro's methods an objective says what it needs: `form`, of the program; and where it is not as usual `factor`,
+the q(s|·) that θ is learned from (`posterior`, r), and `by_parts`, whether it may hear a part of the voxels at a time,
+that is whether its mean over the parts is its value on all of them (True).
+"""
 
 from __future__ import annotations
 
@@ -13,10 +18,12 @@ from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.infer.enum import get_importance_trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.distributions import kl_divergence
 
 # Registers the analytic KL of every family; without it TraceMeanField_ELBO samples the KL without a word.
 from ..guides import families as _families  # noqa: F401
 from ..models.normalisation import normalise
+from .expectation import Factor
 
 
 def _check_form(trace: poutine.Trace, objective: Any, shape_program: bool = False) -> None:
@@ -35,10 +42,25 @@ def _check_form(trace: poutine.Trace, objective: Any, shape_program: bool = Fals
         )
 
 
+def _check_kl(model_trace: poutine.Trace, guide_trace: poutine.Trace, objective: Any) -> None:
+    """Raise a ValueError where torch knows no KL(q ‖ p): Pyro's class would sample it without a word."""
+    for name in model_trace.stochastic_nodes:
+        q, p = guide_trace.nodes[name]["fn"], model_trace.nodes[name]["fn"]
+        try:
+            with torch.no_grad():
+                kl_divergence(q, p)
+        except NotImplementedError:
+            raise ValueError(
+                f"objective {type(objective).__name__} needs KL(q ‖ p) in closed form; torch knows none of "
+                f"{type(q).__name__} and {type(p).__name__} at site {name!r}: give it one with "
+                "torch.distributions.register_kl, or use the objective trace"
+            ) from None
+
+
 class Marginal(TraceMeanField_ELBO):
     """E_q[β log p(x|z)] − KL(q ‖ p), labels summed out exactly, KL analytic (TraceMeanField_ELBO's contract).
 
-    On the stage-1 program: E_q log p(s|z) − KL(q ‖ p).
+    On the stage-1 program: E_q log p(s|z) − KL(q ‖ p). A guide whose KL torch does not know is a ValueError.
     """
 
     form: ClassVar[str] = "collapsed"
@@ -47,6 +69,7 @@ class Marginal(TraceMeanField_ELBO):
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         traces = super()._get_trace(model, guide, args, kwargs)
         _check_form(traces[0], self, self.shape_program)
+        _check_kl(traces[0], traces[1], self)
         return traces
 
 
@@ -107,6 +130,7 @@ class Jensen(Marginal):
     """E_q[β Σ_j o_j Σ_m f_jm log p(x_j|m)] − KL(q ‖ p): the journal-club notes' Appendix B, KL analytic."""
 
     shape_program: ClassVar[bool] = False
+    factor: ClassVar[Factor] = "prior"
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         def jensen_model(*inner_args: Any, **inner_kwargs: Any) -> Any:
@@ -140,34 +164,41 @@ class _ByDifferentiation(ELBO):
 class IWAE(_ByDifferentiation):
     """Σ over scans of log-mean-exp over that scan's importance weights (Burda et al. 2016, arXiv 1509.00519).
 
-    `num_particles` draws, `block` of them at a time in one vectorised pass. The weights hold β and the mask of the
-    program and no other scale.
+    `num_particles` draws in one vectorised pass. The weights hold β and the mask of the program and no other scale.
     """
 
-    def __init__(self, num_particles: int = 8, block: int | None = None, **kwargs: Any) -> None:
+    by_parts: ClassVar[bool] = False  # log-mean-exp of a part is more than its share
+
+    def __init__(self, num_particles: int = 8, **kwargs: Any) -> None:
         super().__init__(num_particles=num_particles, **kwargs)
-        self.block = block or num_particles
 
     def log_weights(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """log p(x, z) − log q(z), (num_particles, B)."""
-        blocks = []
-        dim = -1 - getattr(model, "max_plate_nesting", 1)
-        for start in range(0, self.num_particles, self.block):
-            size = min(self.block, self.num_particles - start)
-            with pyro.plate("particles", size, dim=dim):
-                guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-                model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
-            _check_form(model_trace, self)
-            model_trace.compute_log_prob()
-            guide_trace.compute_log_prob()
-            log_weight: Any = 0.0
-            for trace, sign in ((model_trace, 1.0), (guide_trace, -1.0)):
-                for name in trace.stochastic_nodes + trace.observation_nodes:
-                    node = trace.nodes[name]
-                    if not pyro.poutine.util.site_is_subsample(node):
-                        log_weight = log_weight + sign * node["log_prob"]
-            blocks.append(log_weight.expand(size, -1))
-        return torch.cat(blocks)
+        """log p(x, z) − log q(z), (num_particles, B).
+
+        Raises:
+            ValueError: a site that is of all scans and not of each: they have no weights of their own.
+        """
+        with pyro.plate("particles", self.num_particles, dim=-1 - getattr(model, "max_plate_nesting", 1)):
+            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+            model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        _check_form(model_trace, self)
+        model_trace.compute_log_prob()
+        guide_trace.compute_log_prob()
+        scans = model_trace.nodes["scan"]["log_prob"].shape[-1]
+        log_weight: Any = 0.0
+        for trace, sign in ((model_trace, 1.0), (guide_trace, -1.0)):
+            for name in trace.stochastic_nodes + trace.observation_nodes:
+                node = trace.nodes[name]
+                if pyro.poutine.util.site_is_subsample(node):
+                    continue
+                if node["log_prob"].shape[-1:] != (scans,):
+                    raise ValueError(
+                        f"objective IWAE weighs each of {scans} scans by itself; site {name!r} has log-probabilities "
+                        f"of shape {tuple(node['log_prob'].shape)}: draw it in the plate `scans`"
+                    )
+                log_weight = log_weight + sign * node["log_prob"]
+        expanded: Tensor = log_weight.expand(self.num_particles, -1)
+        return expanded
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Minus the bound, summed over scans."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pyro
@@ -17,7 +18,7 @@ from ..models.intensity import IntensityParameters
 from ..models.likelihood import label_mixture_log_prob
 from ..models.segmentation import SegmentationModel
 from .expectation import Factor, flatten, initial_theta, update_theta, weight_maps
-from .objectives import build_objective
+from .objectives import OBJECTIVES, build_objective
 from .recipes import Recipe
 from .training_options import LARGE_GRID
 
@@ -25,8 +26,9 @@ EVERY = 4  # voxels of large grids: one of them stands for all in a step, in tur
 
 
 def factor_of(objective: str) -> Factor:
-    """The label factor that an objective's E-step uses: f for jensen, r for the others."""
-    return "prior" if objective == "jensen" else "posterior"
+    """The label factor that an objective's E-step uses: f of jensen, r where it says nothing else."""
+    factor: Factor = getattr(OBJECTIVES[objective], "factor", "posterior")
+    return factor
 
 
 @dataclass
@@ -121,7 +123,7 @@ def infer(
     """Fit q(z) and θ to the scans at hand.
 
     On large grids each step takes a part of the voxels, whose likelihood is scaled up: its expectation over the parts
-    is the whole bound. θ has its last step on all of them.
+    is the whole bound, where the objective is such a one. θ has its last step on all of them.
 
     Args:
         model: the program, decoder frozen, in the form the recipe's objective needs.
@@ -135,22 +137,24 @@ def infer(
     optimizer = torch.optim.Adam([guide.raw], lr=recipe.refine_rate, betas=(0.8, 0.95))
     factor = factor_of(recipe.objective)
     large = math.prod(model.shape_prior.grid) > LARGE_GRID and model.form == "collapsed"
-    every = EVERY if large and not learn_maps else 1  # maps need every voxel
+    in_parts = large and getattr(objective, "by_parts", True) and not learn_maps  # maps need every voxel
     with pyro.get_param_store().scope():
         for step in range(steps):
             for group in optimizer.param_groups:  # down to a tenth: the last steps settle
                 group["lr"] = recipe.refine_rate * (1 - 0.9 * step / steps)
             optimizer.zero_grad()
-            part = None if every == 1 else slice(step % every, None, every)
-            loss = objective.differentiable_loss(model, guide, scan, observed, theta, 1, part)
+            program: Any = model
+            if in_parts:
+                program = partial(program, part=slice(step % EVERY, None, EVERY))
+            loss = objective.differentiable_loss(program, guide, scan, observed, theta)
             loss.backward()
             optimizer.step()
             bounds.append(-float(loss.detach()) / len(scan))
             if recipe.intensity == "per-scan" and step % 2 == 1:
                 with torch.no_grad():
                     z = guide.posterior().sample((2,))
-                heard = part if step + 2 < steps else None  # at last by all
-                theta, background = update_theta(model, z, scan, observed, theta, factor, recipe.pseudo, heard)
+                part = slice(step // 2 % EVERY, None, EVERY) if in_parts and step + 2 < steps else None  # at last, all
+                theta, background = update_theta(model, z, scan, observed, theta, factor, recipe.pseudo, part)
                 if learn_maps and recipe.maps is not None:
                     theta = theta.with_maps(weight_maps(background, model.shape_prior.grid, recipe.maps))
     with torch.no_grad():

@@ -24,13 +24,13 @@ from torch import Tensor
 from ppl_seg.errors import InputError
 from ppl_seg.files import file_sha256, replacing
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 LARGEST_CONFIG = 2**24  # bytes
 CONFIG = "config.json"
 WEIGHTS = "weights.safetensors"
 _RESERVED = {"format_version", "sha256"}
 # What format 2 states and format 1 meant: images were brought together by their headers or their fields of view.
-_SINCE_1 = {"format_version": FORMAT_VERSION, "field": "crop"}
+_SINCE_1 = {"field": "crop"}
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -105,7 +105,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not the configuration of a ppl_seg model; train the model again") from error
     if version == 1:
         config |= _SINCE_1
-    elif version != FORMAT_VERSION:
+    # in format 3 a low-rank guide's numbers have another order, all else is as in format 2
+    if version not in (1, 2, FORMAT_VERSION) or (version != FORMAT_VERSION and '"low-rank"' in json.dumps(config)):
         raise InputError(
             f"{path}: format version {version} found, {FORMAT_VERSION} expected; use the ppl_seg that "
             "made the model, or train it again"

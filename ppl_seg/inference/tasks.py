@@ -85,7 +85,7 @@ class ScanTask(Task):
         model, guide: the program and q(z|x). scans: (n, C, *grid). observed: (n, C or 1, *grid).
         theta: of all scans, with the maps of the start. batch_size: B.
         factor: whose responsibilities; None leaves θ alone (shared θ, or simulated scans).
-        maps: how maps are learned, None to leave them. held_out: which scans only judge, (n,) bool.
+        maps: how maps are learned, None to leave them.
     """
 
     def __init__(
@@ -99,12 +99,9 @@ class ScanTask(Task):
         factor: Factor | None = "posterior",
         pseudo: PseudoCounts | None = None,
         maps: MapOptions | None = None,
-        held_out: Tensor | None = None,
     ) -> None:
         self.model, self.guide, self.scans, self.observed = model, guide, scans, observed
         self.theta, self.batch_size, self.factor, self.pseudo, self.maps = theta, batch_size, factor, pseudo, maps
-        judging = torch.zeros(len(scans), dtype=torch.bool) if held_out is None else held_out
-        self.training, self.judging = (~judging).nonzero()[:, 0], judging.nonzero()[:, 0]
         self.statistics: Tensor | None = None
 
     def _batch(self, chosen: Tensor) -> Batch:
@@ -113,8 +110,8 @@ class ScanTask(Task):
         shared = self.model.shared_intensity is not None
         return Batch((scan, self.observed[chosen], None if shared else theta), len(chosen), scan[0, 0].numel())
 
-    def _update(self, chosen: Tensor, learn_maps: bool) -> None:
-        """EM of the chosen scans' θ with draws of the present guide."""
+    def _update(self, chosen: Tensor) -> None:
+        """EM of the maps, and of the chosen scans' θ with draws of the present guide."""
         scan, observed = self.scans[chosen], self.observed[chosen]
         with torch.no_grad():
             z = self.guide.posterior(scan, observed).sample((1,))
@@ -128,26 +125,19 @@ class ScanTask(Task):
             strict=True,
         ):
             old[chosen] = new
-        if learn_maps and self.maps is not None:
-            rate = len(chosen) / len(self.training)  # a running mean over about one pass
-            per_scan = background / len(chosen) * len(self.training)
+        if self.maps is not None:
+            rate = len(chosen) / len(self.scans)  # a running mean over about one pass
+            per_scan = background / rate
             self.statistics = per_scan if self.statistics is None else (1 - rate) * self.statistics + rate * per_scan
             grid = self.model.shape_prior.grid
             self.theta = self.theta.with_maps(weight_maps(self.statistics, grid, self.maps))
 
     def batch(self, step: int, generator: torch.Generator) -> Batch:
         """Scans chosen at random, their θ brought up to date."""
-        chosen = choose(self.training, self.batch_size, generator)
+        chosen = choose(torch.arange(len(self.scans), device=self.scans.device), self.batch_size, generator)
         if self.factor is not None:
-            self._update(chosen, learn_maps=True)
+            self._update(chosen)
         return self._batch(chosen)
-
-    def held_out(self) -> Iterable[Batch]:
-        """The scans that only judge; their θ follows, the maps do not."""
-        for chosen in batches(self.judging, self.batch_size):
-            if self.factor is not None:
-                self._update(chosen, learn_maps=False)
-            yield self._batch(chosen)
 
     def terms(self, model: Any, guide: Any, args: tuple[Any, ...]) -> dict[str, float]:
         """The KL, and the penalty log p(θ) where there is one."""

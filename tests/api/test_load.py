@@ -62,14 +62,14 @@ def test_format_1_is_read_and_segments(tmp_path: Path) -> None:
     found = model.segment(tmp_path / "scan.nii.gz", draws=4).label_map
     assert ((found > 0) == (labels > 0)).mean() > 0.95
     model.save(tmp_path / "new")
-    assert json.loads((tmp_path / "new" / "config.json").read_text())["format_version"] == 2
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["format_version"] == 3
     assert load_model(tmp_path / "new").hash == model.hash
 
 
 @pytest.mark.parametrize(
     ("keys", "value", "words"),
     [
-        ("format_version", 3, "format version 3 found, 2 expected"),
+        ("format_version", 4, "format version 4 found, 3 expected"),
         ("format_version", [], "format version"),
         ("shape_prior.decoder", "nothing", "unknown decoder 'nothing'"),
         ("shape_prior.decoder", "os:system", "code that is not ppl_seg's; if you trust it, give --trust os:system"),

@@ -8,7 +8,7 @@ from pyro import distributions as dist
 from sklearn.covariance import ledoit_wolf
 from torch.distributions import kl_divergence
 
-from ppl_seg.guides.families import kl_to_prior
+from ppl_seg.guides.families import FAMILIES, Family, kl_to_prior
 from ppl_seg.inference.calibration import calibrate_prior, shrunk_covariance
 from ppl_seg.inference.networks import build_label_map_guide, build_shape_prior
 
@@ -24,9 +24,23 @@ def test_shrunk_covariance_is_ledoit_and_wolf(count: int) -> None:
     torch.testing.assert_close(shrunk_covariance(codes), torch.from_numpy(expected), rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize("family", ["mean-field", "low-rank"])
-def test_the_guide_follows_the_prior(family: str) -> None:
+class Full(Family):
+    """q(z) of a user's, with a full covariance."""
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__()
+        self.latent_dim, self.num_parameters = latent_dim, 2 * latent_dim + latent_dim**2
+
+    def forward(self, raw: torch.Tensor) -> dist.Distribution:
+        loc, _, rest = raw.split((self.latent_dim, self.latent_dim, self.latent_dim**2), -1)
+        factor = rest.unflatten(-1, (self.latent_dim, -1)).tril(-1) + torch.eye(self.latent_dim)
+        return dist.MultivariateNormal(loc, scale_tril=factor)
+
+
+@pytest.mark.parametrize("family", ["mean-field", "low-rank", "full"])
+def test_the_guide_follows_the_prior(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """u = m + L z for draws, KL to N(0, I) unchanged against the prior in u, and the same label probabilities."""
+    monkeypatch.setitem(FAMILIES, "full", Full)
     torch.manual_seed(0)
     location = torch.full((LABELS, *GRID), 1 / LABELS)
     prior = build_shape_prior(location, "convolutional", LATENT, width=4)
@@ -47,12 +61,14 @@ def test_the_guide_follows_the_prior(family: str) -> None:
         torch.testing.assert_close(kl_to_prior(after, prior.prior()), expected, rtol=2e-3, atol=2e-3)
 
 
-def test_the_aggregated_posterior_is_the_prior() -> None:
-    """Many codes: in the calibrated coordinates they have mean 0, and covariance + mean variance close to I."""
+@pytest.mark.parametrize("family", ["mean-field", "low-rank", "full"])
+def test_the_aggregated_posterior_is_the_prior(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many codes: in the calibrated coordinates they have mean 0, and covariance + mean covariance close to I."""
+    monkeypatch.setitem(FAMILIES, "full", Full)
     torch.manual_seed(0)
     location = torch.full((LABELS, *GRID), 1 / LABELS)
     prior = build_shape_prior(location, "convolutional", LATENT, width=4)
-    guide = build_label_map_guide("mean-field", LATENT, LABELS, GRID, width=4)
+    guide = build_label_map_guide(family, LATENT, LABELS, GRID, width=4)
     labels = torch.randint(0, LABELS, (400, *GRID))
     observed = torch.ones(400, 1, *GRID, dtype=torch.bool)
     calibrate_prior(prior, guide, labels, observed)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
 from ppl_seg.guides.families import build_family
 from ppl_seg.inference import posterior
+from ppl_seg.inference.objectives import OBJECTIVES, Marginal
 from ppl_seg.inference.recipes import build_recipe
+from ppl_seg.models.intensity import IntensityParameters
+from ppl_seg.models.segmentation import SegmentationModel
 from tests.reference.problems import make_problem
 
 GRID = (24, 20)
@@ -36,3 +42,42 @@ def test_parts_of_the_voxels_end_where_all_of_them_do(monkeypatch: pytest.Monkey
     assert in_parts != bound
     assert in_parts == pytest.approx(bound, abs=0.1)
     torch.testing.assert_close(near, mean, atol=0.2, rtol=0)
+
+
+class OfUsers(Marginal):
+    """With the arguments of the program and no more."""
+
+    def differentiable_loss(  # type: ignore[override]
+        self, model: Any, guide: Any, scan: torch.Tensor, observed: torch.Tensor, theta: IntensityParameters
+    ) -> torch.Tensor:
+        loss: torch.Tensor = super().differentiable_loss(model, guide, scan, observed, theta)
+        return loss
+
+
+@pytest.mark.parametrize(("name", "parts"), [("mine:OfUsers", [0, 1, 2, 3] * 2), ("iwae", [None] * 8)])
+def test_who_hears_parts_of_the_voxels(
+    name: str, parts: list[int | None], registries: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any objective of the program's arguments, but for one whose mean over parts is not the whole; EM hears all parts."""
+    OBJECTIVES["mine:OfUsers"] = OfUsers
+    monkeypatch.setattr(posterior, "LARGE_GRID", 0)
+    problem = make_problem(grid=GRID, draws=64)
+    model, heard, updated = problem.model(), [], []
+    forward, update = SegmentationModel.forward, posterior.update_theta
+
+    def spied(self: SegmentationModel, *args: Any, part: slice | None = None) -> torch.Tensor:
+        heard.append(None if part is None else part.start)
+        return forward(self, *args, part=part)
+
+    def spied_update(*args: Any) -> Any:
+        updated.append(None if args[-1] is None else args[-1].start)
+        return update(*args)
+
+    monkeypatch.setattr(SegmentationModel, "forward", spied)
+    monkeypatch.setattr(posterior, "update_theta", spied_update)
+    family = build_family("mean-field", problem.latent_dim).double()
+    raw = torch.zeros(problem.num_scans, family.num_parameters, dtype=torch.float64)
+    recipe = build_recipe("default", objective=name)
+    posterior.infer(model, family, raw, problem.scan, problem.observed, problem.theta().detach(), recipe, 8)
+    assert heard == parts
+    assert updated == ([0, 1, 2, None] if parts[0] == 0 else [None] * 4)

@@ -73,8 +73,18 @@ def test_truncated_file_is_named(model: Path) -> None:
 
 
 def test_other_format_version(model: Path) -> None:
-    edit(model / "config.json", format_version=3)
-    with pytest.raises(InputError, match="config.json: format version 3 found, 2 expected"):
+    edit(model / "config.json", format_version=4)
+    with pytest.raises(InputError, match="config.json: format version 4 found, 3 expected"):
+        load_model_files(model)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_earlier_formats_but_for_low_rank_guides(model: Path, version: int) -> None:
+    """Their numbers had another order."""
+    edit(model / "config.json", format_version=version)
+    load_model_files(model)
+    edit(model / "config.json", label_guide={"family": "low-rank"})
+    with pytest.raises(InputError, match=f"format version {version} found, 3 expected; use the ppl_seg that made"):
         load_model_files(model)
 
 

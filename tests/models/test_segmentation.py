@@ -120,7 +120,7 @@ def test_observed_defaults_to_everything(form: str) -> None:
 def test_the_mean_over_all_parts_is_the_whole_likelihood(options: dict) -> None:
     problem = make_problem(grid=(5, 4), **options)
     model, theta = problem.model(beta=0.3), problem.theta()
-    z = torch.randn(len(problem.scan), model.shape_prior.latent_dim, dtype=torch.float64)
+    z = torch.randn(len(problem.scan), model.shape_prior.latent_dim, dtype=torch.float64, requires_grad=True)
 
     def log_prob(part: slice | None) -> torch.Tensor:
         conditioned = poutine.condition(model, {"z": z})
@@ -130,7 +130,10 @@ def test_the_mean_over_all_parts_is_the_whole_likelihood(options: dict) -> None:
 
     parts = torch.stack([log_prob(slice(start, None, 3)) for start in range(3)])
     torch.testing.assert_close(parts.mean(0), log_prob(None))
-    assert float(parts.std(0).min()) > 0
+    for leaf in (z, *model.shape_prior.decoder.parameters()):
+        (of_parts,) = torch.autograd.grad(parts.mean(0).sum(), leaf, retain_graph=True)
+        torch.testing.assert_close(of_parts, torch.autograd.grad(log_prob(None).sum(), leaf)[0])
+    assert float(parts.detach().std(0).min()) > 0
 
 
 def test_a_part_is_of_the_collapsed_form() -> None:

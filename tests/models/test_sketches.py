@@ -15,7 +15,7 @@ DRAWS = 3
 
 
 class Plain(torch.nn.Module):
-    """A decoder of a user's, without a coarse grid."""
+    """A decoder of a user's, whose scores are those of the grid."""
 
     def __init__(self, labels: int, grid: tuple[int, ...]) -> None:
         super().__init__()

@@ -103,8 +103,8 @@ def show_summary(rows: Sequence[Mapping[str, Any]]) -> None:
     for row in cells:
         for title, (metric, digits) in metrics.items():
             mean, low, high = (row[f"{metric}{end}"] for end in ("", "_low", "_high"))
-            text = f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-            row[title] = "" if math.isnan(mean) else text
+            interval = "" if math.isnan(low) else f" [{low:.{digits}f}, {high:.{digits}f}]"  # of few persons
+            row[title] = "" if math.isnan(mean) else f"{mean:.{digits}f}{interval}"
     show_table(columns, cells, numbers=columns[1:])
 
 

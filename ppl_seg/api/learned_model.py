@@ -42,6 +42,9 @@ from ppl_seg.models.segmentation import SegmentationModel
 from ppl_seg.models.shape_prior import LabelPrior
 from ppl_seg.models.warped_atlas import WarpedAtlas
 
+LEAST_SEEN = 0.1  # share of the structures that the prior expects
+MOST_BELOW_ZERO = 0.01  # share of a scan's voxels; interpolation leaves some
+
 
 @dataclass
 class LearnedModel:
@@ -153,14 +156,16 @@ class LearnedModel:
         """
         view = view or field_of_scan(own.image, own.observed.any(0).numpy())
         if view == "brain" and self.field_of_view == "head":
-            say([f"{own.image.path}: a brain, under a prior of heads: labels outside the brain are left out"])
-            return self._brain_alone(), view
+            outside = ~brain_labels(self.table)
+            outside[0] = False
+            names = [name for name, out in zip(self.table.names, outside, strict=True) if out]
+            listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+            say([f"{own.image.path}: a brain, under a prior of heads: left out is what lies outside it ({listed})"])
+            return self._brain_alone(torch.from_numpy(outside)), view
         return self, view
 
-    def _brain_alone(self) -> Self:
-        """The model with all labels outside the brain made background."""
-        outside = torch.from_numpy(~brain_labels(self.table))
-        outside[0] = False
+    def _brain_alone(self, outside: Tensor) -> Self:
+        """The model with all labels outside the brain, (M,) bool, made background."""
         return replace(self, shape_prior=self.shape_prior.without(outside), field_of_view="brain")
 
     def place(
@@ -189,14 +194,16 @@ class LearnedModel:
         if view == "head":
             region = _brain_in(own, atlas, alignment)
         intensities = own.intensities
-        if (recipe or self.recipe).corrects_bias_field(view):
+        if corrects_bias_field(recipe or self.recipe, own, view):
             intensities = _without_bias_field(own, region)
         normalised = normalise(intensities[None], own.observed[None], region)[0]
         scan, observed = scan_on_grid(normalised, own.observed, alignment.matrix, self.grid.shape)
-        if not bool(observed.any()):
+        expected = 1 - self.shape_prior.log_location_prior[0].exp().cpu()
+        share = float((expected * observed.any(0)).sum() / expected.sum())
+        if share < LEAST_SEEN:
             raise InputError(
-                f"{own.image.path}: nothing of the scan lies on the prior's grid; use --align center, or "
-                "give scans of its space"
+                f"{own.image.path}: wrong anatomy or no overlap with the prior: {share:.0%} of where it expects "
+                "structures is observed; use another --align or --mask, or give scans of its space"
             )
         return normalised, scan[None], observed[None], alignment
 
@@ -231,9 +238,27 @@ class LearnedModel:
     def options(self, recipe: Recipe, **others: Any) -> dict[str, Any]:
         """What decides on a result besides the scan and the model: for provenance, and to skip what is done."""
         others["align"] = others.get("align") or self.align
-        if Path(others.get("mask", "")).is_file():  # another mask may come to have its name
-            others["mask_sha256"] = file_sha256(others["mask"])
+        if Path(others.get("mask", "")).is_file():  # wherever it lies
+            others["mask"] = f"sha256:{file_sha256(others['mask'])}"
         return {"recipe": recipe.to_dict(), **{name: str(value) for name, value in others.items()}}
+
+
+def corrects_bias_field(recipe: Recipe, own: OwnScan, view: str) -> bool:
+    """Whether N4 divides a scan of this field of view: of itself not one below 0, such as z-scores, or CT.
+
+    Raises:
+        InputError: where the recipe insists on it for such a scan.
+    """
+    if not recipe.corrects_bias_field(view):
+        return False
+    share = float((own.intensities[own.observed] < 0).float().mean())
+    if share <= MOST_BELOW_ZERO:
+        return True
+    found = f"{own.image.path}: {share:.0%} of the intensities are below 0"
+    if recipe.bias_field == "n4":
+        raise InputError(f"{found}, which a multiplicative bias field does not allow; leave out --bias-field n4")
+    say([f"{found} (CT, z-scores?): its bias field is not corrected"])
+    return False
 
 
 def _brain_in(own: OwnScan, atlas: Atlas, alignment: Alignment) -> Tensor:

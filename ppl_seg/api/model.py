@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ppl_seg import __version__
-from ppl_seg.api.learned_model import LearnedModel
+from ppl_seg.api.learned_model import LearnedModel, corrects_bias_field
 from ppl_seg.api.scan_inference import encode_label_map, infer_scan
 from ppl_seg.api.trust import trust
 from ppl_seg.data.alignment import check_alignment
 from ppl_seg.data.fields import check_view
 from ppl_seg.data.loading import load_scan
 from ppl_seg.data.names import parse_name
-from ppl_seg.data.resampling import inside as field_on_grid
+from ppl_seg.data.resampling import inside as inside_of
 from ppl_seg.errors import InputError
 from ppl_seg.inference.trainer import resolve_device
 from ppl_seg.inference.training_options import derived_seed
@@ -92,13 +93,16 @@ class Model(LearnedModel):
         watch.lap("read")
         fitting, shown = self.for_scan(own, view)
         chosen = fitting.adapted_recipe(asked)
+        corrected = corrects_bias_field(chosen, own, shown)
+        if not corrected:
+            chosen = replace(chosen, bias_field="none")
         normalised, on_grid, observed, alignment = fitting.place(own, align, shown, chosen)
         watch.lap("align")
         forked = [torch.cuda.current_device()] if where.type == "cuda" else []
         with _ONE_AT_A_TIME, torch.enable_grad(), torch.random.fork_rng(devices=forked):
-            torch.manual_seed(derived_seed(seed, 0, Path(paths[0]).name))
+            torch.manual_seed(derived_seed(seed, 0, hashlib.sha256(own.intensities.numpy().tobytes()).hexdigest()))
             encoded = None if shape_from is None else encode_label_map(fitting, shape_from, own.image, alignment, where)
-            shows = field_on_grid(alignment.matrix, own.image.shape, fitting.grid.shape)
+            shows = inside_of(alignment.matrix, own.image.shape, fitting.grid.shape)
             found = infer_scan(fitting, chosen, on_grid.to(where), observed.to(where), refine, encoded, inside=shows)
             z = found.posterior.sample(draws)[:, 0]
             watch.lap("infer")
@@ -122,6 +126,7 @@ class Model(LearnedModel):
         positions = result.labels.cpu().numpy()
         quality = label_quality(positions, result.confidence.cpu().numpy(), len(self.table))
         label_map = self.table.from_positions(positions)
+        reach = inside_of(np.linalg.inv(alignment.matrix), fitting.grid.shape, own.image.shape).numpy()
         watch.lap("readout")
         return Segmentation(
             image=own.image,
@@ -131,7 +136,7 @@ class Model(LearnedModel):
             probabilities=None if result.marginals is None else result.marginals.cpu().numpy(),
             draws=None if result.draws is None else self.table.from_positions(result.draws.cpu().numpy()),
             volume_draws=result.counts.cpu().numpy() * own.image.voxel_volume,
-            touches_border=border_flags(label_map, self.table),
+            touches_border=border_flags(label_map, self.table, reach),
             z_draws=z.cpu().numpy(),
             observed_scan=on_grid[0].numpy(),
             observed=observed[0].numpy(),
@@ -154,7 +159,7 @@ class Model(LearnedModel):
                     view=view,
                     seed=seed,
                 ),
-                "bias_field": "n4" if chosen.corrects_bias_field(shown) else "none",
+                "bias_field": "n4" if corrected else "none",
                 "likelihood_power": chosen.beta,
                 "deformation_strength": found.strength,
                 "readout_power": chosen.power_at(own.image.voxel_volume),

@@ -30,7 +30,7 @@ from ppl_seg.data.images import Image, describe_spacings, read_label_map
 from ppl_seg.data.labels import LabelTable, apply_map, composed, merge_sides
 from ppl_seg.data.loading import label_positions, labels_on_grid
 from ppl_seg.data.mirror import mirror_plane, other_side, reflection
-from ppl_seg.data.names import parse_name
+from ppl_seg.data.names import person_of
 from ppl_seg.data.nifti import open_image
 from ppl_seg.data.tables import read_value_map, table_for
 from ppl_seg.errors import InputError
@@ -241,6 +241,7 @@ def load_label_maps(
     messages += [warning for image in images for warning in image.warnings] + describe_spacings(images)
     if merge:
         table, sides = merge_sides(table)
+        table.check_names("--merge-sides")
         mapping = composed(mapping, sides)
         messages.append(f"--merge-sides: {len(sides)} pairs of sides were joined")
     if len(table) < 2:
@@ -265,7 +266,7 @@ def load_label_maps(
         both = zip(images, matrices, strict=True)
         shown = (labels_on_grid(i, table, mapping, m @ halves, shape) for i, m in both)
         fine = torch.stack([torch.where(inside[0], labels.to(torch.int16), UNKNOWN) for labels, inside in shown])
-    persons = [parse_name(file.path).entities.get("sub", str(file.path)) for file in found]
+    persons = [person_of(file.path) or str(file.path) for file in found]
     return LabelMaps(table, grid, chosen, view, positions, observed, persons, mirrored, fine)
 
 

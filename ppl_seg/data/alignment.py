@@ -40,6 +40,7 @@ _RIM = 6.0  # mm around the brain that count too
 _PADDING = 30.0  # mm of nothing around a brain
 _AROUND = 0.25  # intensity of the darkest voxel of a brain, over that of what surrounds it
 _AWAY = 20.0  # mm
+MOST_ROOM = 27  # box of a scan over that of a prior of crops: three times as long on each side
 FEWEST_VOXELS = 16  # along each axis, of what can be registered
 # A registration has failed where, after it (in brackets what was found for right inputs, and for noise and balls):
 LEAST_OVERLAP = 0.7  # Dice of a brain's mask with the prior's brain is less (right: from 0.91)
@@ -113,6 +114,13 @@ def align_scan(kind: str, image: Image, observed: np.ndarray, atlas: Atlas, fiel
         raise InputError(
             f"{image.path}: a {field}, the prior is of {atlas.field}s, and --align center would confuse their middles; "
             "use --align affine, or give --mask (or --brain, --head) if it is mistaken"
+        )
+    sizes = [np.multiply(box.shape, box.spacing) for box in (image, grid)]
+    if kind == "center" and atlas.field == "crop" and np.prod(sizes[0]) > MOST_ROOM * np.prod(sizes[1]):
+        found, expected = ("x".join(f"{size:.0f}" for size in sizes_mm) for sizes_mm in sizes)
+        raise InputError(
+            f"{image.path}: {found} mm, the prior is of crops of {expected} mm, and --align center would bring their "
+            "middles together; crop the scan to the structures, or use --align none where it is in the prior's space"
         )
     if kind == "none" or (kind == "center" and not field == atlas.field == "brain"):
         matrix = alignment_matrix(kind, image, grid)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,12 @@ from pathlib import Path
 
 from ppl_seg.data.content import is_annexed
 from ppl_seg.data.folders import READABLE, images_in, is_raw_dataset, taken_subject
-from ppl_seg.data.names import freesurfer_subject, is_scan_name, last_word, parse_name, person_of
+from ppl_seg.data.names import freesurfer_subject, is_scan_name, last_word, output_location, parse_name, person_of
 from ppl_seg.errors import InputError
 
 LABEL_VOLUME, SCAN_VOLUME, MASK_VOLUME = "aseg", "orig", "brainmask"  # of FreeSurfer's subjects
 Given = str | os.PathLike[str]
+_CONTRAST = re.compile(r"(T1|T2|PD|T2star)w?|FLAIR|SWI|DWI|MPRAGE|t1|t2|pd|flair|swi|dwi|mprage")  # of plain names
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def find_scans(
             there = ", ".join(sorted({last_word(file.path) for file in single}))
             raise InputError(f"no scan ends in {' or '.join('_' + w for w in wanted)}; there are: {there}")
         single = kept
-    single, grouped = _split(selection.of([*single, *grouped]))
+    single, grouped = _split(selection.of(_below_one_folder([*single, *grouped])))
     for file in [*single, *grouped]:
         for path in file.paths:
             if not is_scan_name(path):
@@ -181,6 +183,19 @@ def _split(found: Sequence[Found]) -> tuple[list[Found], list[Found]]:
     return [file for file in found if len(file.paths) == 1], [file for file in found if len(file.paths) > 1]
 
 
+def _below_one_folder(found: Sequence[Found]) -> list[Found]:
+    """Files that were named one by one, s1/T1.nii.gz s2/T1.nii.gz, told apart by their paths where names do not."""
+    alone = [file for file in found if file.base is None]
+    names = Counter(output_location(file.path, contrasts=file.contrasts) for file in alone)
+    if max(names.values(), default=1) == 1 or len({_identity(file.path) for file in alone}) < len(alone):
+        return list(found)
+    common = Path(os.path.commonpath([os.path.abspath(file.path.parent) for file in alone]))
+    return [
+        file if file.base is not None else Found(tuple(common / os.path.relpath(p, common) for p in file.paths), common)
+        for file in found
+    ]
+
+
 def _named_file(path: Path) -> Path:
     if not os.path.lexists(path):
         raise InputError(f"{path}: no such file")
@@ -238,8 +253,11 @@ def _identity(path: Path) -> str:
 
 
 def _check_one_contrast(scans: Sequence[Found]) -> None:
-    bids = [scan.path for scan in scans if parse_name(scan.path).suffix or freesurfer_subject(scan.path)]
-    contrasts = Counter(last_word(path) for path in bids)
+    contrasts = Counter(
+        last_word(scan.path)
+        for scan in scans
+        if parse_name(scan.path).suffix or freesurfer_subject(scan.path) or _CONTRAST.fullmatch(last_word(scan.path))
+    )
     if len(contrasts) > 1:
         listed = ", ".join(f"{contrast} ({count})" for contrast, count in sorted(contrasts.items()))
         raise InputError(f"several contrasts among the scans: {listed}; choose one with --suffix")

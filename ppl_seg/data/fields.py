@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,13 +18,27 @@ LARGEST_BRAIN = 2.6e6  # mm³, the skull's inside in MNI space, with a margin; h
 SMALLEST_BRAIN = 5e5  # mm³; less is a structure of it
 _MOST_OF_A_FACE = 0.1  # of a side of the box that a brain cut off by it covers; necks and slabs cover more
 _OUTSIDE_THE_BRAIN = 0.1  # share of the labelled voxels outside the brain from which labels are a head's
+_ENOUGH_OF_A_BRAIN = 8  # structures that FreeSurfer knows: what else the table has lies around them
+_WITHIN = re.compile(r"lesion|infarct|tumou?r|hypointens|hyperintens|wmh|\b[gw]m\b|gr[ae]y|white|cortex|ventric|nucle")
+_AROUND = re.compile(
+    r"extra.?(cerebral|cranial)|skull|bone|skin|scalp|fat\b|muscle|\beyes?\b|\bair\b|sinus|\bhead\b|dura|soft.?tissue"
+)
 
 
 def brain_labels(table: LabelTable) -> np.ndarray:
-    """(M,) bool: the structures that FreeSurfer counts to the brain; all but background where it knows none."""
+    """(M,) bool: the structures that belong to the brain, by their names.
+
+    Of a table that draws a brain as FreeSurfer does, what FreeSurfer knows, and lesions; of another (tissues, a few
+    structures, numbers) all that has no name of what lies around a brain.
+    """
     known = np.array([class_of_name(name) is not None for name in table.names])
     known[0] = False
-    return known if known.any() else np.arange(len(table)) > 0
+    names = [name.lower().replace("_", " ") for name in table.names]
+    if known.sum() >= _ENOUGH_OF_A_BRAIN:
+        return known | np.array([bool(_WITHIN.search(name)) for name in names])
+    found = known | np.array([not _AROUND.search(name) for name in names])
+    found[0] = False
+    return found
 
 
 def field_of_maps(table: LabelTable, counts: np.ndarray, voxel_volumes: Sequence[float], small: bool) -> str:

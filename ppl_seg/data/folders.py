@@ -106,6 +106,10 @@ def _why_skipped(subject: Path) -> str | None:
     name = subject.absolute().name
     if name.startswith("fsaverage") or name in _TEMPLATES:
         return "FreeSurfer's template"
+    if (subject / "base-tps").exists():
+        return "FreeSurfer's mean of several visits"
+    if ".long." in name:
+        return "a visit that FreeSurfer has as itself, too"
     scripts = subject / "scripts"
     if any(scripts.glob("IsRunning*")):
         return "recon-all is not finished"

@@ -12,13 +12,14 @@ import nibabel as nib
 import numpy as np
 
 from ppl_seg.data.geometry import read_geometry, spacing_of
-from ppl_seg.data.names import is_scan_name
+from ppl_seg.data.names import freesurfer_subject, is_scan_name
 from ppl_seg.data.nifti import open_image, read_voxels
 from ppl_seg.errors import InputError
 from ppl_seg.files import replacing
 
 GRID_TOLERANCE = 1e-3  # largest difference between affines of one grid
 FEW_VALUES = 16  # integer images with at most so many values are label maps, not scans
+_LARGEST_OVERSHOOT = 1.5  # of a mask that was interpolated by splines
 _PIECE = 2**20  # voxels looked at together
 _NEIGHBOURS_OF_A_LABEL_MAP = 0.8  # share of equal neighbours (below) from which an integer image is a label map
 _NEIGHBOURS_OF_A_SCAN = 0.3  # and up to which it is a scan
@@ -112,16 +113,25 @@ def read_label_map(path: str | os.PathLike[str], empty_ok: bool = False) -> Imag
 
 
 def read_mask(path: str | os.PathLike[str]) -> Image:
-    """A mask as bool: > 0, or ≥ 0.5 where values are probabilities. Raises InputError where it is empty."""
+    """A mask as bool: > 0, or ≥ 0.5 where values are probabilities, or a mask's that were interpolated.
+
+    Raises InputError where it is empty. A warning for values below 0, and for many of them, which may be scaled
+    probabilities or a scan that was cut out.
+    """
     path = Path(path)
     image = _read(path, np.float32)
-    values = image.data[np.isfinite(image.data)]
-    probabilities = values.size and values.min() >= 0 and values.max() <= 1 and (values % 1 != 0).any()
+    values, warnings = image.data[np.isfinite(image.data)], image.warnings
+    probabilities = values.size and abs(values).max() <= _LARGEST_OVERSHOOT and (values % 1 != 0).any()
     with np.errstate(invalid="ignore"):
         data = image.data >= 0.5 if probabilities else image.data > 0
     if not data.any():
         raise InputError(f"{path}: the mask is empty; expected values above 0 where the scan is to be used")
-    return Image(data, image.affine, path, image.header, image.warnings)
+    many = values.min() < 0 or len(_distinct(values, FEW_VALUES)) > FEW_VALUES
+    if many and not probabilities and freesurfer_subject(path) is None:  # its brainmask.mgz is a scan, cut out
+        warnings += (
+            f"{path}: a mask of values {values.min():g} to {values.max():g}; all above 0 are taken for inside",
+        )
+    return Image(data, image.affine, path, image.header, warnings)
 
 
 def write_image(path: str | os.PathLike[str], data: np.ndarray, like: Image) -> None:

@@ -124,6 +124,18 @@ class LabelTable:
         wanted = set(values)
         return LabelTable(tuple(entry for entry in self.entries if entry.index in wanted or entry.index == 0))
 
+    def check_names(self, source: object) -> LabelTable:
+        """The table itself. Raises InputError where two labels have one name: results are told apart by it."""
+        values: dict[str, int] = {}
+        for entry in self.entries:
+            if entry.name in values:
+                raise InputError(
+                    f"{source}: {entry.name} is the name of {values[entry.name]} and of {entry.index}; rename one, or "
+                    "join them with --map"
+                )
+            values[entry.name] = entry.index
+        return self
+
     def to_dict(self) -> list[dict[str, Any]]:
         """For JSON: one object per label."""
         return [

@@ -11,10 +11,12 @@ from scipy import ndimage
 
 from ppl_seg.data.cohort import Found, find_masks
 from ppl_seg.data.images import Image, check_same_grid, read_mask
-from ppl_seg.data.names import counterparts
+from ppl_seg.data.names import counterparts, parse_name
 from ppl_seg.errors import InputError
 
 SMALLEST_EMPTY_SHARE = 0.2  # of the voxels; a smaller constant region at the border is anatomy or chance
+
+_OF_OTHER_IMAGES = frozenset({"space", "res", "den", "task", "dir", "from", "to"})  # BIDS entities
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ def apply_mask(scan: Image, mask: str | Path = "auto") -> Masked:
 def masks_of(scans: Sequence[Found], mask: str | Path) -> list[str | Path]:
     """The mask of each scan: `auto` and `none` for all; of a folder or glob, the one whose name matches the scan's.
 
-    BIDS names match by shared entities, FreeSurfer's subjects (mri/brainmask.mgz) by their name, others by their path.
+    BIDS names match by shared entities (a mask in another space or of a lesion does not), FreeSurfer's subjects
+    (mri/brainmask.mgz) by their name, others by their path.
     Raises InputError for one mask file and several scans, and for a scan with no mask or several.
     """
     if mask in ("auto", "none"):
@@ -68,12 +71,24 @@ def masks_of(scans: Sequence[Found], mask: str | Path) -> list[str | Path]:
             raise InputError(f"{mask}: one mask for {len(scans)} scans; give the folder of their masks (*_mask.nii.gz)")
         return [Path(mask)]
     files, others = ([(found.path, found.base) for found in some] for some in (scans, there))
-    matches = counterparts(files, others)
+    matches = [
+        [path for path in found if _is_brain_mask(path, scan.path)]
+        for scan, found in zip(scans, counterparts(files, others), strict=True)
+    ]
     for scan, found in zip(scans, matches, strict=True):
         if len(found) != 1:
             listed = ", ".join(map(str, found)) or "none"
-            raise InputError(f"{scan.path}: expected one mask of the same name below {mask}, found {listed}")
+            raise InputError(
+                f"{scan.path}: expected one mask of the same name below {mask}, found {listed}; give a folder or a "
+                "quoted glob of one mask a scan"
+            )
     return [found[0] for found in matches]
+
+
+def _is_brain_mask(mask: Path, scan: Path) -> bool:
+    """False for a mask of something else (label-lesion), in another space or of another kind of scan (task-, dir-)."""
+    own, others = parse_name(mask).entities, parse_name(scan).entities
+    return own.get("label", "brain") in ("brain", "head") and not (own.keys() & _OF_OTHER_IMAGES) - others.keys()
 
 
 def _constant_border_region(data: np.ndarray, finite: np.ndarray) -> np.ndarray:

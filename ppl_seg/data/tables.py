@@ -85,7 +85,7 @@ def table_for(
         parcels = parcels_map(occurring, dict(zip(table.indices.tolist(), table.names, strict=True)))
         kept = sorted({parcels.get(value, value) for value in occurring})
         table.to_positions(_as_array(kept), labels_path)
-        return table.restricted_to(kept), parcels, describe_parcels(parcels)
+        return table.restricted_to(kept).check_names(labels_path), parcels, describe_parcels(parcels)
     known = freesurfer.structures()
     parcels = parcels_map(occurring, {value: name for value, (name, _) in known.items()})
     kept = sorted({parcels.get(value, value) for value in occurring})

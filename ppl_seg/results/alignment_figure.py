@@ -39,7 +39,7 @@ def alignment_figure(segmentation: Segmentation, path: str | Path) -> None:
     classes = torch.from_numpy(alignment.atlas.classes.astype(np.int64))[None]
     expected = resample(classes, np.linalg.inv(alignment.matrix), seg.image.shape, "nearest")[0].numpy()
     classes_shown, _ = to_ras(expected, seg.image.affine)
-    low, high = intensity_window(scan)
+    low, high = intensity_window(scan, classes_shown > 0)
     single = [axis for axis in range(3) if scan.shape[axis] == 1]
     axes_shown = single[:1] or [0, 1, 2]
     places = best_slices(classes_shown[None], int(classes_shown.max()) + 1)

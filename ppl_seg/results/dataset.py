@@ -31,7 +31,7 @@ README = """\
 Segmentations by ppl_seg, in the scans' own voxels.
 
 *_dseg.nii.gz, .json     label map and where it comes from; index, name and colour in seg-ppl_dseg.tsv,
-                         and for viewers (FreeView, ITK-SNAP's import) in seg-ppl_dseg_lut.txt
+                         and for FreeView (FreeSurfer's form) in seg-ppl_dseg_lut.txt
 *_entropy.nii.gz         entropy of the label marginals, nats: where the labels are uncertain
 *_probseg.nii.gz, .json  label marginals (with --probabilities), in the order of LabelMap
 *_draws.nii.gz           whole segmentations drawn from the posterior (with --save-draws), fourth axis
@@ -130,7 +130,7 @@ def append_log(out_dir: str | Path, text: str) -> None:
     path = Path(out_dir) / LOG
     try:
         make_folder(out_dir)
-        with path.open("a", encoding="utf-8") as file:
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:  # paths may hold any bytes
             file.write("".join(f"{now} {line}\n" for line in text.splitlines()))
     except OSError as error:
         raise cannot_write(path, error) from error

@@ -92,6 +92,10 @@ def evaluate(
     names = _names(found) | _names(true)
     rows = [row for pair in pairs for row in _score(pair, names, structures)]
     person_of = {str(row["scan"]): str(row["person"]) for row in rows}
+    times = Counter(path for _, path in pairs)
+    if several := [path for path, count in times.items() if count > 1]:
+        shared = sum(times[path] for path in several)
+        warnings.append(f"{shared} segmentations share {len(several)} true label maps, {several[0]} for one")
     evaluation = Evaluation(rows, summary_rows(rows, person_of.__getitem__), [*alone, *unused], [*warnings, *messages])
     if out is not None:
         _write(Path(out), rows, force)
@@ -135,7 +139,8 @@ def _structures(
     elif source is not None:
         table = read_table(source)
         parcels = parcels_map(values, dict(zip(table.indices.tolist(), table.names, strict=True)))
-        structures = structures_of_table(table.restricted_to([*values, *parcels.values()]))
+        table = table.restricted_to([*values, *parcels.values()]).check_names(source)
+        structures = structures_of_table(table)
         messages += [f"structures are named by {source}"] if labels is None else []
     else:
         table, parcels, messages = table_for(values)

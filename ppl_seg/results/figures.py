@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from scipy import ndimage
 
 from ppl_seg.data.geometry import UNKNOWN_SIDES
 from ppl_seg.files import replacing
@@ -54,7 +55,7 @@ def qc_figure(segmentation: Segmentation, path: str | Path) -> None:
     scan, spacing = to_ras(np.nan_to_num(np.asarray(seg.image.data, np.float32)), seg.image.affine)
     positions, _ = to_ras(np.asarray(seg.table.to_positions(seg.label_map)), seg.image.affine)
     entropy, _ = to_ras(seg.entropy, seg.image.affine)
-    window = intensity_window(scan)
+    window = intensity_window(scan, positions > 0)
     single = [axis for axis in range(3) if scan.shape[axis] == 1]
     axes_shown = single[:1] or [0, 1, 2]
     slices = best_slices(positions[None], len(seg.table))
@@ -173,8 +174,13 @@ def extent_of(shape: Sequence[int], spacing: np.ndarray, axis: int) -> tuple[flo
     return float(shape[across] * spacing[across]), float(shape[up] * spacing[up])
 
 
-def intensity_window(scan: np.ndarray) -> tuple[float, float]:
-    """The intensities shown as black and white."""
+def intensity_window(scan: np.ndarray, structures: np.ndarray) -> tuple[float, float]:
+    """The intensities shown as black and white: those of the box around the structures (bool, like the scan), if any.
+
+    In CT the air around a head is far below all else.
+    """
+    if structures.any():
+        scan = scan[ndimage.find_objects(structures.astype(np.uint8))[0]]
     values = scan[scan != 0]
     if not values.size:
         return 0.0, 1.0

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ppl_seg.data.labels import LabelTable
 
 COLUMNS = ("structure", "dice", "hd95_mm", "asd_mm", "volume_mm3", "truth_volume_mm3", "missed")
+FEWEST_PERSONS = 2  # whom resampling tells apart
 ORTHOGONAL = 1e-4  # cosine between voxel axes up to which they count as at right angles
 
 
@@ -123,6 +124,8 @@ def bootstrap_interval(
 ) -> Interval:
     """Mean over scans with its 95 % percentile interval; persons are resampled with all their scans.
 
+    Of a single person there is no interval, NaN.
+
     Args:
         values: (scans,) numbers; NaN is left out.
         persons: (scans,) whose scan it is (two scans of one person are not independent).
@@ -135,12 +138,15 @@ def bootstrap_interval(
     if not used.any():
         return Interval(float("nan"), float("nan"), float("nan"))
     names, owner = np.unique(np.asarray(persons, str)[used], return_inverse=True)
+    mean = float(values[used].mean())
+    if len(names) < FEWEST_PERSONS:
+        return Interval(mean, float("nan"), float("nan"))
     sums = np.bincount(owner, weights=values[used])
     counts = np.bincount(owner)
     drawn = np.random.default_rng(seed).integers(len(names), size=(num, len(names)))
     means = sums[drawn].sum(1) / counts[drawn].sum(1)
     low, high = np.quantile(means, [0.025, 0.975])
-    return Interval(float(values[used].mean()), float(low), float(high))
+    return Interval(mean, float(low), float(high))
 
 
 def paired_difference_interval(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy import ndimage
 
 from ppl_seg.data.fields import brain_labels
 
@@ -18,14 +19,19 @@ COLUMNS = ("scan", "structure", "volume_mm3", "q05", "q50", "q95", "draws", "tou
 SIZE_COLUMNS = ("brain_volume_mm3", "prior_scale")
 
 
-def border_flags(label_map: np.ndarray, table: LabelTable) -> np.ndarray:
-    """Which labels have a voxel at a face of the array, (M,) bool.
+def border_flags(label_map: np.ndarray, table: LabelTable, within: np.ndarray | None = None) -> np.ndarray:
+    """Which labels have a voxel at a face of the array, or beside voxels out of the prior's reach, (M,) bool.
 
     Axes of length 1 have no border (a single slice is not cut). The surface of a brain mask is none: it is not where
     the scan ends.
+
+    Args:
+        within: bool, like the label map, where the prior's grid lies; None, everywhere.
     """
-    faces = [label_map.take((0, -1), axis) for axis, length in enumerate(label_map.shape) if length > 1]
-    return np.isin(np.asarray(table.indices), np.concatenate([face.ravel() for face in faces]))
+    ends = [label_map.take((0, -1), axis).ravel() for axis, length in enumerate(label_map.shape) if length > 1]
+    if within is not None and not within.all():
+        ends.append(label_map[ndimage.binary_dilation(~within) & within])
+    return np.isin(np.asarray(table.indices), np.concatenate(ends))
 
 
 def label_quality(positions: np.ndarray, confidence: np.ndarray, labels: int) -> np.ndarray:

@@ -110,3 +110,17 @@ def test_what_a_scan_is_taken_for_is_said_where_it_decides(
         model.place(own, "none", shown)
     assert len(caplog.messages) == len(said)
     assert all(words in message for words, message in zip(said, caplog.messages, strict=True))
+
+
+def test_scans_below_zero_keep_their_field(head: tuple[Model, Path], tmp_path: Path, caplog: Any) -> None:
+    """A multiplicative field has no place where intensities are z-scores, and N4 would look at half of them."""
+    model, scan = head
+    image = nib.load(scan)
+    data = image.get_fdata()
+    z_scores = tmp_path / "z_T1w.nii.gz"
+    nib.save(nib.Nifti1Image(((data - data.mean()) / data.std()).astype(np.float32), image.affine), z_scores)
+    with caplog.at_level(logging.INFO, "ppl_seg"):
+        found = model.segment(z_scores, align="none", view="head", draws=2, mask="none")
+    assert found.provenance["bias_field"] == "none" and "its bias field is not corrected" in caplog.text
+    with pytest.raises(InputError, match="intensities are below 0, which a multiplicative bias field does not allow"):
+        model.segment(z_scores, align="none", view="head", draws=2, mask="none", bias_field="n4")

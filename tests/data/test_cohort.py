@@ -229,3 +229,29 @@ def test_real_files_are_read_as_what_they_are(real_data):
     assert len(maps) == 116 and len(scans) == 61
     assert read_label_map(maps[0].path).data.max() == 2
     assert all(read_scan(scan.path).warnings == () for scan in scans[:20])
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders(tree, monkeypatch):
+    root = tree("s1/T1.nii.gz", "s2/T1.nii.gz", "s2/x/T1.nii.gz")
+    monkeypatch.chdir(root)
+    given = ["s1/T1.nii.gz", "s2/T1.nii.gz", root / "s2/x/T1.nii.gz"]
+    found = find_scans(given)
+    places = [str(output_location(file.path, file.base)[0]) for file in found]
+    assert places == ["s1", "s2", "s2/x"] and all(file.path.exists() for file in found)
+    assert all(file.base is None for file in find_scans(given[:1]))
+
+
+def test_contrasts_of_plain_names_need_a_suffix_too(tree):
+    root = tree("s1/T1.nii.gz", "s1/FLAIR.nii.gz", "s2/T1.nii.gz", "t/one.nii.gz", "t/two.nii.gz")
+    with pytest.raises(InputError, match=r"several contrasts among the scans: FLAIR \(1\), T1 \(2\); choose one"):
+        find_scans([root])
+    assert names(find_scans([root], "T1")) == ["T1.nii.gz"] * 2
+    assert names(find_scans([root / "t"])) == ["one.nii.gz", "two.nii.gz"]
+
+
+def test_a_person_of_freesurfers_longitudinal_stream_counts_once_a_visit(tree, caplog):
+    visits = ("bert_1", "bert_2", "bert_base", "bert_1.long.bert_base", "bert_2.long.bert_base")
+    root = tree(*(f"{visit}/mri/{volume}.mgz" for visit in visits for volume in ("orig", "aseg")), "bert_base/base-tps")
+    with caplog.at_level("INFO", "ppl_seg"):
+        assert [file.path.parts[-3] for file in find_label_maps([root])] == ["bert_1", "bert_2"]
+    assert "bert_base: FreeSurfer's mean of several visits; skipped" in caplog.text

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -235,3 +236,12 @@ def test_json_and_tsv(tmp_path):
     assert lines[0] == "index\tname\tcolor" and lines[5] == "10\tLeft-Thalamus\t#00760e"
     assert read_table(tmp_path / "seg-ppl_dseg.tsv").colors == table.colors
     assert [p.name for p in tmp_path.iterdir()] == ["seg-ppl_dseg.tsv"]
+
+
+def test_two_labels_of_one_name_are_refused(tmp_path: Path) -> None:
+    """Volumes and scores are told apart by names; of a table's other values nobody asks."""
+    path = tmp_path / "labels.tsv"
+    path.write_text("index\tname\n1\thippocampus\n2\thippocampus\n3\tother\n")
+    with pytest.raises(InputError, match="labels.tsv: hippocampus is the name of 1 and of 2; rename one, or join them"):
+        table_for([1, 2, 3], path)
+    assert len(table_for([1, 3], path)[0]) == 3

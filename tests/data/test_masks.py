@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ppl_seg.data.cohort import Found
-from ppl_seg.data.images import Image
+from ppl_seg.data.images import Image, read_mask
 from ppl_seg.data.masks import apply_mask, masks_of
 from ppl_seg.errors import InputError
 
@@ -113,3 +113,36 @@ def test_masks_match_their_scans(tmp_path):
     assert masks_of(scans, tmp_path / "plain") == [tmp_path / "plain/site/p2_mask.nii.gz"]
     scans = [Found((tmp_path / "fs/bert/mri/orig.mgz",), tmp_path / "fs")]
     assert masks_of(scans, tmp_path / "fs") == [tmp_path / "fs/bert/mri/brainmask.mgz"]
+
+
+def test_masks_of_something_else_are_not_the_scans(tmp_path):
+    """fMRIPrep's folder of one subject, and a lesion's mask."""
+    (tmp_path / "m").mkdir()
+    names = ["desc-brain", "space-MNI152NLin2009cAsym_desc-brain", "task-rest_desc-brain", "label-lesion"]
+    for name in names:
+        (tmp_path / f"m/sub-01_{name}_mask.nii.gz").touch()
+    assert masks_below(tmp_path, ["sub-01_T1w.nii.gz"], tmp_path / "m") == ["m/sub-01_desc-brain_mask.nii.gz"]
+    (tmp_path / "m/sub-01_label-brain_mask.nii.gz").touch()
+    with pytest.raises(InputError, match="expected one mask .*give a folder or a quoted glob of one mask a scan"):
+        masks_below(tmp_path, ["sub-01_T1w.nii.gz"], tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("kind", "warned"), [("binary", False), ("splines", False), ("probabilities", False), ("255", True), ("cut", True)]
+)
+def test_what_masks_come_as(save, kind, warned):
+    """Inside are 5 of 10 slices, and of what was interpolated or scaled the 6th by a third."""
+    values = np.zeros((10, 10, 10), np.float32)
+    values[:5], values[5] = 1, 0.3
+    if kind == "binary":
+        values[5] = 0
+    elif kind == "splines":
+        values[0], values[7] = 1.29, -0.13
+    elif kind == "255":
+        values[5] = np.linspace(0.1, 0.4, 100).reshape(10, 10)
+        values = np.round(values * 255)
+    elif kind == "cut":
+        values = np.where(values > 0, noise(values.shape) + 1000, 0)
+    mask = read_mask(save("x_mask.nii.gz", values))
+    assert mask.data.sum() == (600 if warned else 500)
+    assert [("all above 0 are taken for inside" in warning) for warning in mask.warnings] == [True] * warned

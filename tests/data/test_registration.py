@@ -46,6 +46,8 @@ def table(names: dict[int, str]) -> LabelTable:
 
 def test_the_field_of_label_maps():
     brains = table({2: "Left-Cerebral-White-Matter", 3: "Left-Cerebral-Cortex"})
+    tissues = table({1: "CSF", 2: "GM", 3: "WM"})
+    assert field_of_maps(tissues, np.array([[0, 200_000, 700_000, 600_000]]), [1.0], small=False) == "brain"
     heads = table({2: "Left-Cerebral-White-Matter", 3: "Left-Cerebral-Cortex", 502: "Skull"})
     assert field_of_maps(brains, np.array([[0, 400_000, 600_000]]), [1.0], small=False) == "brain"
     assert field_of_maps(brains, np.array([[0, 400_000, 600_000]]), [1.0], small=True) == "crop"
@@ -161,3 +163,13 @@ def test_channels_on_the_first_ones_grid():
         data, there = align_channel(first, seen, nodded, seen, kind)
         errors[kind] = np.abs(data - other.data)[there].mean()
     assert errors["rigid"] < 0.6 * errors["none"], errors
+
+
+def test_what_belongs_to_a_brain_by_its_name():
+    """What FreeSurfer knows, and lesions, of a table that draws a brain as it does; all but what lies around, else."""
+    few = ["CSF", "Grey matter", "cerebellum", "lesion", "Skull", "scalp fat", "Eye-left", "extra_cerebral"]
+    expected = [True, True, True, True, False, False, False, False]
+    assert brain_labels(table(dict(enumerate(few, 1))))[1:].tolist() == expected
+    known = ["white-matter", "cortex", "thalamus", "caudate", "putamen", "hippocampus", "amygdala", "ventral-DC"]
+    many = [f"left {'cerebral-' * (n < 2)}{name}" for n, name in enumerate(known)] + ["Lesion", "502", "Skull"]
+    assert brain_labels(table(dict(enumerate(many, 1))))[1:].tolist() == [True] * 9 + [False] * 2

@@ -58,7 +58,7 @@ class OfUsers(Marginal):
 def test_who_hears_parts_of_the_voxels(
     name: str, parts: list[int | None], registries: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Any objective of the program's arguments, but for one whose mean over parts is not the whole; EM hears all parts."""
+    """Any objective of the program's arguments, but one whose mean over parts is not the whole; EM hears all parts."""
     OBJECTIVES["mine:OfUsers"] = OfUsers
     monkeypatch.setattr(posterior, "LARGE_GRID", 0)
     problem = make_problem(grid=GRID, draws=64)

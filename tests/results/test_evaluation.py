@@ -203,3 +203,14 @@ def test_a_table_with_other_scores_is_kept(folders: tuple[Path, Path], save: Sav
     assert out.read_text() == before
     evaluate(*folders, out=out, force=True)
     assert {row["dice"] for row in read_table(out)} == {"1.0000"}
+
+
+def test_a_truth_that_several_share_is_said(save: Save, tmp_path: Path) -> None:
+    data = np.zeros((4, 4, 4), np.uint8)
+    data[1:3] = 1
+    save("truth/sub-01_dseg.nii.gz", data)
+    for visit in (1, 2):
+        save(f"found/sub-01_ses-{visit}_dseg.nii.gz", data)
+    found = evaluate(tmp_path / "found", tmp_path / "truth")
+    assert any("2 segmentations share 1 true label maps" in message for message in found.messages)
+    assert np.isnan(found.summary[0]["dice_low"])

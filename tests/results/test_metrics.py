@@ -119,12 +119,14 @@ def test_structures_of_a_table(make_segmentation):
 
 
 def test_the_bootstrap_resamples_persons():
-    values = np.repeat([0.2, 0.8], 50)
-    by_scan = bootstrap_interval(values, [str(n) for n in range(100)])
-    by_person = bootstrap_interval(values, ["a"] * 50 + ["b"] * 50)
+    values = np.repeat([0.2, 0.5, 0.8], 40)
+    by_scan = bootstrap_interval(values, [str(n) for n in range(120)])
+    by_person = bootstrap_interval(values, ["a"] * 40 + ["b"] * 40 + ["c"] * 40)
     assert by_scan.mean == by_person.mean == pytest.approx(0.5)
     assert by_scan.high - by_scan.low < 0.15
     assert (by_person.low, by_person.high) == pytest.approx((0.2, 0.8))
+    of_one = bootstrap_interval(values, ["a"] * 120)
+    assert of_one.mean == pytest.approx(0.5) and np.isnan(of_one[1:]).all()
 
 
 def test_the_bootstrap_of_many_persons_is_the_normal_interval():
@@ -135,14 +137,14 @@ def test_the_bootstrap_of_many_persons_is_the_normal_interval():
 
 
 def test_the_bootstrap_leaves_out_what_is_missing():
-    interval = bootstrap_interval([np.nan, 0.5, 0.5], ["a", "b", "c"])
+    interval = bootstrap_interval([np.nan, 0.5, 0.5, 0.5], ["a", "b", "c", "d"])
     assert interval == pytest.approx((0.5, 0.5, 0.5))
     assert np.isnan(bootstrap_interval([np.nan], ["a"])).all()
     with pytest.raises(ValueError, match="a person for each"):
         bootstrap_interval([0.1, 0.2], ["a"])
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.integers(0, 3))
+@given(st.lists(st.floats(0, 1), min_size=5, max_size=12), st.integers(0, 3))
 def test_intervals_are_reproducible_and_hold_a_mean_of_values(values: list[float], seed: int):
     persons = [str(n // 2) for n in range(len(values))]
     interval = bootstrap_interval(values, persons, seed, num=200)

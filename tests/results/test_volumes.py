@@ -106,3 +106,12 @@ def test_quality_is_the_mean_probability_of_the_given_label():
 def test_shapes_that_do_not_fit_are_refused(make_segmentation):
     with pytest.raises(ValueError, match=r"entropy: expected shape \(10, 12, 6\), found \(10, 12, 5\)"):
         make_segmentation(entropy=np.zeros((10, 12, 5), np.float32))
+
+
+def test_a_structure_that_ends_where_the_prior_ends_is_flagged():
+    labels = np.zeros((9, 9, 9), int)
+    labels[3:5, 3:5, 3:5], labels[3:5, 3:5, 6] = 3, 8
+    within = np.ones(labels.shape, bool)
+    assert not border_flags(labels, TABLE, within)[1:].any()
+    within[:, :, 7:] = False
+    assert border_flags(labels, TABLE, within)[1:].tolist() == [False, True]

@@ -33,6 +33,11 @@ class GuidedIntensity(IntensityModel):
         self.intensity = intensity
         self.to(intensity.class_of_label.device)
 
+    @property
+    def plain(self) -> IntensityModel:
+        """The model of intensities alone."""
+        return self.intensity
+
     def own(self, scan: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
         """The channels that are intensities."""
         return scan[:, : self.intensity.channels], observed[:, : self.intensity.channels]

@@ -145,6 +145,11 @@ class IntensityModel(nn.Module):
         """Whether labels and classes are the same thing."""
         return len(self.class_of_label) == len(self.components)
 
+    @property
+    def plain(self) -> IntensityModel:
+        """The model of intensities alone: itself."""
+        return self
+
     def own(self, scan: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
         """The channels, (B, C, ...), that are intensities: all of them."""
         return scan, observed

@@ -19,7 +19,7 @@ from ppl_seg.guides.families import Family, build_family
 from ppl_seg.inference.expectation import MapOptions, label_responsibilities, localise, update_theta
 from ppl_seg.inference.label_fusion import map_weights
 from ppl_seg.inference.label_training import log_label_marginals
-from ppl_seg.inference.partial_volume import BESIDE, with_shared_voxels
+from ppl_seg.inference.partial_volume import BESIDE, learn_beside_shared, with_shared_voxels
 from ppl_seg.inference.posterior import Posterior, best_start, factor_of, infer, start_theta
 from ppl_seg.inference.recipes import Recipe
 from ppl_seg.models.guided_intensity import GuidedIntensity, outside_log_factor, with_label_factor, with_log_factor
@@ -119,20 +119,23 @@ def _to_read_out(learned: LearnedModel, recipe: Recipe, found: Inference) -> Inf
     """With weights that depend on the place, and partial volume, where the recipe asks for it; the bound is without."""
     if recipe.intensity == "shared" or not (recipe.local_blur or recipe.partial_volume):
         return found
-    spacing, theta = learned.grid.spacing, found.posterior.theta
+    program, data, theta = found.program, found.data, found.posterior.theta
+    spacing, grid = learned.grid.spacing, program.shape_prior.grid
     fluid = learned.table.fluid if recipe.classes == "table" else None
-    z, power = found.posterior.sample(DRAWS), recipe.power_at(math.prod(spacing))
+    shared = fluid if recipe.partial_volume else None
+    z, power, beside = found.posterior.sample(DRAWS), recipe.power_at(math.prod(spacing)), BESIDE / min(spacing)
+    if shared is not None and recipe.shared_steps:
+        theta = learn_beside_shared(program, z, *data, theta, shared, beside, recipe.pseudo, recipe.shared_steps)
     if recipe.local_blur:
-        classes = set(range(len(found.program.intensity.components))) - {0, fluid}
+        classes = set(range(len(program.intensity.components))) - {0, fluid}
         options = MapOptions(recipe.local_blur / min(spacing))
-        theta = localise(found.program, z, *found.data, theta, classes, options, power)
-    if recipe.partial_volume and fluid is not None:
-        r = label_responsibilities(found.program, z, *found.data, theta, power=power)[0]
-        grid, blur = found.program.shape_prior.grid, BESIDE / min(spacing)
-        intensity, theta = with_shared_voxels(found.model.intensity, theta, r, fluid, grid, blur)
+        theta = localise(program, z, *data, theta, classes, options, power)
+    if shared is not None:
+        r = label_responsibilities(program, z, *data, theta, power=power)[0]
+        intensity, theta = with_shared_voxels(found.model.intensity, theta, r, shared, grid, beside)
         found.model.intensity = intensity
-        if found.program is not found.model:
-            found.program.intensity = GuidedIntensity(intensity)
+        if program is not found.model:
+            program.intensity = GuidedIntensity(intensity)
     return replace(found, posterior=replace(found.posterior, theta=theta))
 
 

@@ -2,16 +2,73 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from ..models.intensity import IntensityModel, IntensityParameters
+from ..models.intensity import IntensityModel, IntensityParameters, PseudoCounts
+from ..models.segmentation import SegmentationModel
 from ..models.shape_prior import gaussian_blur
+from ..models.voxels import EVERYWHERE, seen_by_any
+from .expectation import expecting, flatten, label_responsibilities
 
 BESIDE = 2.0  # mm, sd of the Gaussian through which fluid is near
 SHARED = 2.0  # how often voxels are shared, for each voxel of the other kind nearby; half of them at most
 SELDOM = 0.1  # weight of a Gaussian of fluid below which it may be of anything
 WIDTH = 48**-0.5  # sd of a uniform from 0 to 1/2
+PARTS = 4  # of the voxels: each step of EM takes one, in turn
+SD_SHARE = 0.1  # weight of the usual sd: without its borders a class says itself how much its voxels differ
+
+
+def learn_beside_shared(
+    model: SegmentationModel,
+    z: Tensor,
+    scan: Tensor,
+    observed: Tensor,
+    theta: IntensityParameters,
+    fluid: int,
+    blur: float,
+    pseudo: PseudoCounts,
+    steps: int,
+) -> IntensityParameters:
+    """θ of one scan by EM in which `with_shared_voxels` takes the borders, so that no class learns from them.
+
+    Cortex lies beside fluid everywhere, and in voxels of 2 mm half of it is mixed with it: where grey and white matter
+    look alike, as in FLAIR, their means change places. f stays as it is, averaged over the draws.
+
+    Args:
+        model: the program, with or without a label factor. z: draws, (S, 1, D). scan, observed: (1, C, *grid).
+        theta: where EM starts, (1, ...), with constant weights. fluid: its class. blur: sd, voxels of the grid.
+        pseudo: the penalty of θ. steps: of EM; 12 are as good as 60.
+    """
+    intensity, grid = model.intensity, model.shape_prior.grid
+    own = intensity.plain
+    expected = expecting(model, observed, replace(pseudo, sd_share=SD_SHARE))
+    everything = flatten(scan, observed)
+    with torch.no_grad():
+        log_f = label_responsibilities(model, z, scan, observed, theta, "prior")[0].log()
+        log_f += (
+            intensity.label_log_prob(*everything, theta) - own.label_log_prob(*intensity.own(*everything), theta)
+        )[0]
+
+        def responsibilities(at: IntensityModel, of: IntensityParameters, voxels: slice | Tensor) -> Tensor:
+            flat, seen = (values[..., voxels] for values in intensity.own(*everything))
+            return (log_f[:, voxels] + at.label_log_prob(flat, seen, of.at(voxels))[0]).softmax(0)
+
+        shared, of_shared = own, theta
+        for step in range(steps):
+            if step % PARTS == 0:
+                r = responsibilities(shared, of_shared, EVERYWHERE)
+            shared, of_shared = with_shared_voxels(own, theta, r, fluid, grid, blur)
+            voxels = seen_by_any(observed.flatten(2), slice(step % PARTS, None, PARTS))
+            flat, seen = (values[..., voxels] for values in intensity.own(*everything))
+            of_label = responsibilities(shared, of_shared, voxels)[None]
+            of_component = shared.component_responsibilities(of_label, flat, seen, of_shared.at(voxels))
+            pure = [s.start + k for s, size in zip(shared.slices, own.components, strict=True) for k in range(size)]
+            power = PARTS * model.likelihood_power
+            theta = own.m_step(of_component[:, pure], flat, seen, theta, expected, power)
+    return theta
 
 
 def with_shared_voxels(

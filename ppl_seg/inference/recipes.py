@@ -14,6 +14,7 @@ from .objectives import OBJECTIVES
 
 USUAL_POWER = 0.05  # β, where nothing else is said
 LOCAL_BLUR = 4.0  # mm, of brains' weights
+SHARED_STEPS = 12  # of heads
 STRENGTHS = (1.0, 0.5)  # of a warped atlas of brains or heads
 FUSION_BLUR = 12.0  # mm, of what is said of a label map
 FUSION_POWER_OF_A_CUBIC_MM = 0.00125  # 0.01 on a grid of 2 mm
@@ -39,6 +40,7 @@ class Recipe:
         local_blur: sd in mm of the Gaussian through which the weights of the structures' components follow the scan
             that is read out, see `expectation.localise`; 0 leaves them the same everywhere.
         partial_volume: whether fluid and tissue share voxels where a scan is read out, see `partial_volume`.
+        shared_steps: EM steps by which θ is learned anew beside the shared voxels, before a scan is read out.
         fusion_power, fusion_blur: power of the likelihood by which label maps are weighed, and sd in mm of the Gaussian
             around a place, see `label_fusion.map_weights`; power 0: the template is everyone's.
         readout_power: κ, of p(x|s) in the label marginals, for voxels of 1 mm; see `power_at`.
@@ -74,6 +76,7 @@ class Recipe:
     mask_fluid: float = 1.0
     local_blur: float = 0.0
     partial_volume: bool = False
+    shared_steps: int = 0
     fusion_power: float = 0.0
     fusion_blur: float = FUSION_BLUR
     readout_power: float = 1.0
@@ -227,7 +230,8 @@ def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float, wa
     Two Gaussians a class, for nuclei and lesions, help brains and crops; fluid, that flows and lies in thin layers, has
     more. Of a brain the weights of the two depend on the place, and fluid and tissue share the voxels of their borders.
     Heads have many classes that look alike, and EM two optima then: a tenth of a millimetre in the registration decides
-    between them. One Gaussian must be wide enough for fluid that is bright.
+    between them. One Gaussian must be wide enough for fluid that is bright; when z is known, it is learned anew without
+    the voxels that classes share with fluid, which a brain's second Gaussian takes.
     A template is of all label maps, and few are as a scan's own would be: around each place they count by what they
     explain of it.
     How far people differ from an atlas differs: old brains further than its label maps, most others less.
@@ -252,7 +256,8 @@ def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float, wa
     )
     if field_of_view == "head":
         pseudo = replace(recipe.pseudo, sd_share=min(1.0, recipe.pseudo.sd_share))
-        return replace(recipe, components=1, fluid_components=1, pseudo=pseudo)
+        recipe = replace(recipe, components=1, fluid_components=1, pseudo=pseudo)
+        return replace(recipe, partial_volume=True, shared_steps=SHARED_STEPS) if recipe.shape == "prior" else recipe
     recipe = replace(recipe, background_components=2)
     if recipe.shape == "prior":
         fusion = min(1.0, FUSION_POWER_OF_A_CUBIC_MM * voxel_volume) if warped else 0.0

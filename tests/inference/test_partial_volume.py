@@ -8,8 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppl_seg.inference.partial_volume import WIDTH, _pure_fluid, with_shared_voxels
-from ppl_seg.models.intensity import IntensityModel, IntensityParameters
+from ppl_seg.inference.expectation import expectation_maximisation
+from ppl_seg.inference.networks import build_shape_prior
+from ppl_seg.inference.partial_volume import WIDTH, _pure_fluid, learn_beside_shared, with_shared_voxels
+from ppl_seg.models.guided_intensity import with_label_factor, with_log_factor
+from ppl_seg.models.intensity import IntensityModel, IntensityParameters, PseudoCounts
+from ppl_seg.models.segmentation import SegmentationModel
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -115,3 +119,33 @@ def test_pure_fluid_is_the_gaussian_farthest_from_tissue_that_is_not_rare() -> N
     assert float(pure) == 0.1  # what is rare and far may be of anything
     beyond = [1 - 0.5 * math.erfc((0.45 - m) / 0.1 / math.sqrt(2)) for m in (-0.5, 0.1, 0.6)]
     torch.testing.assert_close(mostly, torch.tensor([*beyond, 1e-6]))
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_thin_cortex_beside_fluid_is_learned_from_what_is_its_own(guided: bool) -> None:
+    """As in FLAIR: fluid 0.1, cortex of two voxels 0.68, white matter 0.6; all of the cortex' outer half is shared.
+
+    Without Gaussians of shared voxels the cortex comes out too dark, and its contrast with white matter a third of what it is.
+    """
+    grid, generator = (16, 12, 12), torch.Generator().manual_seed(0)
+    border = 5.5 + torch.rand(grid[1:], generator=generator)  # where fluid ends, voxels from the first face
+    place = torch.arange(16.0)[:, None, None]
+    fluid, white = (border - place).clamp(0, 1), (place >= 8).double().expand(grid)
+    share = torch.stack([fluid, 1 - fluid - white, white])
+    truth = torch.tensor([0.1, 0.68, 0.6])
+    scan = torch.einsum("n,nxyz->xyz", truth, share) + 0.02 * torch.randn(grid, generator=generator)
+    near = torch.stack([share.roll(k, 1) for k in (-1, 0, 1)]).mean(0)[:, 1:-1]
+    expected = torch.cat([share[:, :1], near, share[:, -1:]], 1).clamp(min=1e-3)
+    location = torch.cat([torch.full((1, *grid), 1e-3), expected])
+    prior = build_shape_prior(location / location.sum(0), "location", 1)
+    model = SegmentationModel(prior, IntensityModel([0, 1, 2, 3], [1] * 4), 0.4)
+    data = (scan[None, None], torch.ones(1, 1, *grid, dtype=torch.bool))
+    if guided:
+        model, data = with_label_factor(model), with_log_factor(*data, torch.zeros(1, 4, *grid))
+    mean = torch.tensor([0.9, 0.15, 0.55, 0.6]).view(1, 4, 1)
+    start = IntensityParameters(mean, torch.full_like(mean, 0.08), torch.zeros(1, 4))
+    z, pseudo = torch.zeros(2, 1, 1), PseudoCounts(sd=0.08, sd_share=1.0)
+    plain = expectation_maximisation(model, *data, start, z, 30, pseudo=pseudo).mean[0, 1:, 0]
+    found = learn_beside_shared(model, z, *data, start, 1, 1.0, pseudo, 12).mean[0, 1:, 0]
+    assert float(plain[1]) < 0.64
+    torch.testing.assert_close(found, truth, atol=0.02, rtol=0)

@@ -26,7 +26,7 @@ def test_brains_get_constant_background_weights() -> None:
     assert recipe.maps is None and recipe.components == 2 and recipe.pseudo.sd_share > 0
     assert recipe.local_blur > 0 == recipe_for_field(build_recipe("location-em"), "brain", 8.0).local_blur
     shared = {field: recipe_for_field(build_recipe("default"), field, 8.0) for field in ("brain", "head", "crop")}
-    assert [field for field, of_field in shared.items() if of_field.partial_volume] == ["brain"]
+    assert [field for field, of_field in shared.items() if of_field.partial_volume] == ["brain", "head"]
     assert not recipe_for_field(build_recipe("location-em"), "brain", 8.0).partial_volume
     assert recipe.readout_power < 1 and recipe.beta == pytest.approx(8 * POWER_OF_A_CUBIC_MM)
     assert recipe.observed_rates(4, (2,)) == ()

@@ -92,6 +92,9 @@ class Model(LearnedModel):
         own = load_scan(paths, mask, channel_align)
         watch.lap("read")
         fitting, shown = self.for_scan(own, view)
+        if shown == "head" and fitting.field_of_view == "brain":
+            said = f"{own.image.path}: a whole head, and the prior knows nothing around a brain; give --mask, or --brain"
+            own = replace(own, image=replace(own.image, warnings=(*own.image.warnings, said)))
         chosen = fitting.adapted_recipe(asked)
         corrected = corrects_bias_field(chosen, own, shown)
         if not corrected:

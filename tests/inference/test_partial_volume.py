@@ -125,7 +125,7 @@ def test_pure_fluid_is_the_gaussian_farthest_from_tissue_that_is_not_rare() -> N
 def test_a_thin_cortex_beside_fluid_is_learned_from_what_is_its_own(guided: bool) -> None:
     """As in FLAIR: fluid 0.1, cortex of two voxels 0.68, white matter 0.6; all of the cortex' outer half is shared.
 
-    Without Gaussians of shared voxels the cortex comes out too dark, and its contrast with white matter a third of what it is.
+    Without Gaussians of shared voxels the cortex comes out too dark, its contrast a third of what it is.
     """
     grid, generator = (16, 12, 12), torch.Generator().manual_seed(0)
     border = 5.5 + torch.rand(grid[1:], generator=generator)  # where fluid ends, voxels from the first face

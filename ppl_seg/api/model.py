@@ -16,7 +16,7 @@ from ppl_seg.api.scan_inference import encode_label_map, infer_scan
 from ppl_seg.api.trust import trust
 from ppl_seg.data.alignment import check_alignment
 from ppl_seg.data.fields import check_view
-from ppl_seg.data.loading import load_scan
+from ppl_seg.data.loading import OwnScan, load_scan
 from ppl_seg.data.names import parse_name
 from ppl_seg.data.resampling import inside as inside_of
 from ppl_seg.errors import InputError
@@ -93,7 +93,7 @@ class Model(LearnedModel):
         watch.lap("read")
         fitting, shown = self.for_scan(own, view)
         if shown == "head" and fitting.field_of_view == "brain":
-            said = f"{own.image.path}: a whole head, and the prior knows nothing around a brain; give --mask, or --brain"
+            said = f"{own.image.path}: a whole head, and the prior knows only brains; give --mask, or --brain"
             own = replace(own, image=replace(own.image, warnings=(*own.image.warnings, said)))
         chosen = fitting.adapted_recipe(asked)
         corrected = corrects_bias_field(chosen, own, shown)
@@ -103,7 +103,7 @@ class Model(LearnedModel):
         watch.lap("align")
         forked = [torch.cuda.current_device()] if where.type == "cuda" else []
         with _ONE_AT_A_TIME, torch.enable_grad(), torch.random.fork_rng(devices=forked):
-            torch.manual_seed(derived_seed(seed, 0, hashlib.sha256(own.intensities.numpy().tobytes()).hexdigest()))
+            torch.manual_seed(derived_seed(seed, 0, _fingerprint(own)))
             encoded = None if shape_from is None else encode_label_map(fitting, shape_from, own.image, alignment, where)
             shows = inside_of(alignment.matrix, own.image.shape, fitting.grid.shape)
             found = infer_scan(fitting, chosen, on_grid.to(where), observed.to(where), refine, encoded, inside=shows)
@@ -172,3 +172,11 @@ class Model(LearnedModel):
                 "quality": dict(zip(self.table.names, (float(q) for q in quality), strict=True)),
             },
         )
+
+
+def _fingerprint(own: OwnScan) -> str:
+    """Of a scan's content, in whatever unit and file: each scan has draws of its own."""
+    seen = own.intensities[own.observed].double()
+    low, high = seen.min(), seen.max()
+    steps = (255 * (seen - low) / (high - low).clamp(min=torch.finfo(seen.dtype).tiny)).round().to(torch.uint8)
+    return hashlib.sha256(steps.numpy().tobytes()).hexdigest()

@@ -27,6 +27,7 @@ SHAPE = (16, 18, 12)
 
 NOT_OURS = {  # options of other programs
     "--extra-index-url", "--build-arg", "--rm", "--gpus", "--cleanenv", "--bind", "--nv",
+    "--no-csf", "--save",
 }  # fmt: skip
 
 

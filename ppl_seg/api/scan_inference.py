@@ -102,7 +102,7 @@ def infer_scan(
     own = _own_template(learned, recipe, found)
     if own is not None and found.strength is not None:
         found = infer_with(own, found.strength)
-    return _to_read_out(learned, recipe, found)
+    return _to_read_out(learned, recipe, found if refine == 0 else _once_more(learned, recipe, found))
 
 
 def _own_template(learned: LearnedModel, recipe: Recipe, found: Inference) -> WarpedAtlas | None:
@@ -113,6 +113,33 @@ def _own_template(learned: LearnedModel, recipe: Recipe, found: Inference) -> Wa
     blur, z = recipe.fusion_blur / min(learned.grid.spacing), found.posterior.q.mean[0]
     weights = map_weights(found.program, z, *found.data, found.posterior.theta, blur, recipe.fusion_power)
     return atlas.reweighted(weights)
+
+
+def _once_more(learned: LearnedModel, recipe: Recipe, found: Inference) -> Inference:
+    """z inferred on from where it is, where the recipe asks for it, with what it says of θ beside shared voxels.
+
+    z and θ were inferred together by a program in which classes learn from voxels that they share with fluid. θ of the
+    result has no such Gaussians; the bound is of the program that has.
+    """
+    fluid = learned.table.fluid if recipe.classes == "table" and recipe.intensity == "per-scan" else None
+    if fluid is None or not recipe.again_steps:
+        return found
+    program, data, plain = found.program, found.data, found.program.intensity
+    blur = BESIDE / min(learned.grid.spacing)
+    z = found.posterior.sample(DRAWS)
+    theta = learn_beside_shared(
+        program, z, *data, found.posterior.theta, fluid, blur, recipe.pseudo, recipe.shared_steps
+    )
+    r = label_responsibilities(program, z, *data, theta)[0]
+    shared, beside = with_shared_voxels(plain.plain, theta, r, fluid, program.shape_prior.grid, blur)
+    program.intensity = shared if plain is plain.plain else GuidedIntensity(shared)
+    family = build_family(recipe.guide, program.shape_prior.latent_dim).to(z.device)
+    raw = family.raw_at(found.posterior.q.mean, START_SCALE)
+    fixed = replace(recipe, intensity="shared")  # θ stays
+    posterior = infer(program, family, raw, *data, beside, fixed, recipe.again_steps)
+    bound, kl = posterior.bound(program, recipe.objective, *data), float(posterior.kl(program)[0])
+    program.intensity = plain
+    return replace(found, posterior=replace(posterior, theta=theta), bound=bound, kl=kl)
 
 
 def _to_read_out(learned: LearnedModel, recipe: Recipe, found: Inference) -> Inference:

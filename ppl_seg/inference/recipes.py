@@ -14,7 +14,7 @@ from .objectives import OBJECTIVES
 
 USUAL_POWER = 0.05  # β, where nothing else is said
 LOCAL_BLUR = 4.0  # mm, of brains' weights
-SHARED_STEPS = 12  # of heads
+SHARED_STEPS, AGAIN_STEPS = 12, 20  # of heads
 STRENGTHS = (1.0, 0.5)  # of a warped atlas of brains or heads
 FUSION_BLUR = 12.0  # mm, of what is said of a label map
 FUSION_POWER_OF_A_CUBIC_MM = 0.00125  # 0.01 on a grid of 2 mm
@@ -41,6 +41,7 @@ class Recipe:
             that is read out, see `expectation.localise`; 0 leaves them the same everywhere.
         partial_volume: whether fluid and tissue share voxels where a scan is read out, see `partial_volume`.
         shared_steps: EM steps by which θ is learned anew beside the shared voxels, before a scan is read out.
+        again_steps: gradient steps of z that follow with that θ, before it is learned once more; of a warped atlas.
         fusion_power, fusion_blur: power of the likelihood by which label maps are weighed, and sd in mm of the Gaussian
             around a place, see `label_fusion.map_weights`; power 0: the template is everyone's.
         readout_power: κ, of p(x|s) in the label marginals, for voxels of 1 mm; see `power_at`.
@@ -77,6 +78,7 @@ class Recipe:
     local_blur: float = 0.0
     partial_volume: bool = False
     shared_steps: int = 0
+    again_steps: int = 0
     fusion_power: float = 0.0
     fusion_blur: float = FUSION_BLUR
     readout_power: float = 1.0
@@ -257,7 +259,9 @@ def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float, wa
     if field_of_view == "head":
         pseudo = replace(recipe.pseudo, sd_share=min(1.0, recipe.pseudo.sd_share))
         recipe = replace(recipe, components=1, fluid_components=1, pseudo=pseudo)
-        return replace(recipe, partial_volume=True, shared_steps=SHARED_STEPS) if recipe.shape == "prior" else recipe
+        if recipe.shape != "prior":
+            return recipe
+        return replace(recipe, partial_volume=True, shared_steps=SHARED_STEPS, again_steps=AGAIN_STEPS)
     recipe = replace(recipe, background_components=2)
     if recipe.shape == "prior":
         fusion = min(1.0, FUSION_POWER_OF_A_CUBIC_MM * voxel_volume) if warped else 0.0

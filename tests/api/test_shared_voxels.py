@@ -63,3 +63,16 @@ def test_a_class_of_its_own_for_each_label_knows_no_fluid(brain: tuple[Model, Pa
     recipe = replace(brain[0].adapted_recipe(build_recipe("default")), classes="labels", partial_volume=True)
     found = infer(brain, recipe)
     assert set(found.model.intensity.components[1:]) == {recipe.components}
+
+
+@pytest.mark.parametrize("mask", [1.0, 0.3])
+def test_z_and_intensities_once_more_beside_shared_voxels(brain: tuple[Model, Path], mask: float) -> None:
+    """As heads have it: z moves, the bound is of what it was inferred with, and voxels are shared once."""
+    recipe = replace(brain[0].adapted_recipe(build_recipe("default")), local_blur=0.0, mask_background=mask)
+    before = infer(brain, replace(recipe, mask_fluid=mask))
+    found = infer(brain, replace(recipe, mask_fluid=mask, shared_steps=4, again_steps=20))
+    assert found.model.intensity.components == before.model.intensity.components
+    assert found.program.intensity.components == before.program.intensity.components
+    assert not torch.equal(found.posterior.q.mean, before.posterior.q.mean)
+    assert found.bound > before.bound and found.kl > 0 and len(found.posterior.bounds) == 20
+    assert bool(found.posterior.theta.mean.isfinite().all() and (found.posterior.theta.sd > 0).all())

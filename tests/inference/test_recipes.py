@@ -19,6 +19,7 @@ def test_heads_have_one_gaussian_a_class_as_wide_as_it_needs(name: str) -> None:
     assert 0 < recipe.pseudo.sd_share < build_recipe(name).pseudo.sd_share
     assert recipe.readout_power < 1 and recipe.beta == pytest.approx(8 * POWER_OF_A_CUBIC_MM)
     assert recipe_for_field(recipe, "head", 8.0) == recipe
+    assert (recipe.shared_steps > 0) == (recipe.again_steps > 0) == (recipe.shape == "prior")
 
 
 def test_brains_get_constant_background_weights() -> None:

@@ -53,9 +53,7 @@ with pyro.get_param_store().scope():  # the store is global: this training's par
         batch = augmentation.deform(labels[chosen], observed[chosen], random, grid.spacing[0])
         losses.append(svi.step(*batch) / batch[0].numel())
         print(f"step {step + 1} of {args.steps}: loss per voxel {losses[-1]:.4f}", flush=True)
-calibration.calibrate_prior(
-    prior, guide, labels, observed
-)  # lay N(0, I) over the maps themselves, not their deformed copies
+calibration.calibrate_prior(prior, guide, labels, observed)  # lay N(0, I) over the maps, not their deformed copies
 described = {"table": table.to_dict(), "grid": grid.to_dict(), "decoder": args.decoder, "latent": args.latent}
 described |= {"prior": prior.state_dict(), "losses": losses}
 torch.save(described, args.out)  # no objects: weights_only=True reads it

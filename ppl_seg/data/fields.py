@@ -21,7 +21,7 @@ _OUTSIDE_THE_BRAIN = 0.1  # share of the labelled voxels outside the brain from 
 _ENOUGH_OF_A_BRAIN = 8  # structures that FreeSurfer knows: what else the table has lies around them
 _WITHIN = re.compile(r"lesion|infarct|tumou?r|hypointens|hyperintens|wmh|\b[gw]m\b|gr[ae]y|white|cortex|ventric|nucle")
 _AROUND = re.compile(
-    r"extra.?(cerebral|cranial)|skull|bone|skin|scalp|fat\b|muscle|\beyes?\b|\bair\b|sinus|\bhead\b|dura|soft.?tissue"
+    r"extra.?(cerebral|cranial)|skull|bone|skin|scalp|fat\b|muscle|\beyes?\b|\bair\b|sinus|^head$|dura|soft.?tissue"
 )
 
 
@@ -29,7 +29,7 @@ def brain_labels(table: LabelTable) -> np.ndarray:
     """(M,) bool: the structures that belong to the brain, by their names.
 
     Of a table that draws a brain as FreeSurfer does, what FreeSurfer knows, and lesions; of another (tissues, a few
-    structures, numbers) all that has no name of what lies around a brain.
+    structures, numbers) all that has no name of what lies around a brain; all labels, where nothing else is left.
     """
     known = np.array([class_of_name(name) is not None for name in table.names])
     known[0] = False
@@ -38,7 +38,7 @@ def brain_labels(table: LabelTable) -> np.ndarray:
         return known | np.array([bool(_WITHIN.search(name)) for name in names])
     found = known | np.array([not _AROUND.search(name) for name in names])
     found[0] = False
-    return found
+    return found if found.any() else np.arange(len(table)) > 0
 
 
 def field_of_maps(table: LabelTable, counts: np.ndarray, voxel_volumes: Sequence[float], small: bool) -> str:

@@ -170,6 +170,8 @@ def test_what_belongs_to_a_brain_by_its_name():
     few = ["CSF", "Grey matter", "cerebellum", "lesion", "Skull", "scalp fat", "Eye-left", "extra_cerebral"]
     expected = [True, True, True, True, False, False, False, False]
     assert brain_labels(table(dict(enumerate(few, 1))))[1:].tolist() == expected
+    assert brain_labels(table({1: "hippocampal_head", 2: "head"}))[1:].tolist() == [True, False]
+    assert brain_labels(table({1: "skull"}))[1:].tolist() == [True]
     known = ["white-matter", "cortex", "thalamus", "caudate", "putamen", "hippocampus", "amygdala", "ventral-DC"]
     many = [f"left {'cerebral-' * (n < 2)}{name}" for n, name in enumerate(known)] + ["Lesion", "502", "Skull"]
     assert brain_labels(table(dict(enumerate(many, 1))))[1:].tolist() == [True] * 9 + [False] * 2

@@ -126,7 +126,7 @@ def read_mask(path: str | os.PathLike[str]) -> Image:
         data = image.data >= 0.5 if probabilities else image.data > 0
     if not data.any():
         raise InputError(f"{path}: the mask is empty; expected values above 0 where the scan is to be used")
-    many = values.min() < 0 or len(_distinct(values, FEW_VALUES)) > FEW_VALUES
+    many = values.size and (values.min() < 0 or len(_distinct(values, FEW_VALUES)) > FEW_VALUES)
     if many and not probabilities and freesurfer_subject(path) is None:  # its brainmask.mgz is a scan, cut out
         warnings += (
             f"{path}: a mask of values {values.min():g} to {values.max():g}; all above 0 are taken for inside",

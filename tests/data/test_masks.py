@@ -146,3 +146,7 @@ def test_what_masks_come_as(save, kind, warned):
     mask = read_mask(save("x_mask.nii.gz", values))
     assert mask.data.sum() == (600 if warned else 500)
     assert [("all above 0 are taken for inside" in warning) for warning in mask.warnings] == [True] * warned
+
+
+def test_a_mask_without_finite_values(save):
+    assert read_mask(save("x_mask.nii.gz", np.full((3, 3, 3), np.inf, np.float32))).data.all()

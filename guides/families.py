@@ -149,12 +149,20 @@ def covariance_of(posterior: Any) -> Tensor:
     return torch.as_tensor(covariance)
 
 
+def analytic_kl(q: dist.Distribution, p: dist.Distribution) -> Tensor | None:
+    """KL(q ‖ p) in closed form; None where torch has none registered, which is how it says so."""
+    try:
+        return kl_divergence(q, p)
+    except NotImplementedError:
+        return None
+
+
 def kl_to_prior(posterior: dist.Distribution, prior: dist.Distribution) -> Tensor:
     """KL(q ‖ p) per scan, analytic; of a family whose KL torch does not know, from draws."""
     prior = prior.expand(posterior.batch_shape)
-    try:
-        return kl_divergence(posterior, prior)
-    except NotImplementedError:
-        z = posterior.rsample(torch.Size((KL_DRAWS,)))
-        ratio: Tensor = posterior.log_prob(z) - prior.log_prob(z)
-        return ratio.mean(0)
+    known = analytic_kl(posterior, prior)
+    if known is not None:
+        return known
+    z = posterior.rsample(torch.Size((KL_DRAWS,)))
+    ratio: Tensor = posterior.log_prob(z) - prior.log_prob(z)
+    return ratio.mean(0)

@@ -103,7 +103,7 @@ def show_summary(rows: Sequence[Mapping[str, Any]]) -> None:
     for row in cells:
         for title, (metric, digits) in metrics.items():
             mean, low, high = (row[f"{metric}{end}"] for end in ("", "_low", "_high"))
-            interval = "" if math.isnan(low) else f" [{low:.{digits}f}, {high:.{digits}f}]"  # of few persons
+            interval = "" if math.isnan(low) else f" [{low:.{digits}f}, {high:.{digits}f}]"  # of one person
             row[title] = "" if math.isnan(mean) else f"{mean:.{digits}f}{interval}"
     show_table(columns, cells, numbers=columns[1:])
 

@@ -121,15 +121,12 @@ def _once_more(learned: LearnedModel, recipe: Recipe, found: Inference) -> Infer
     z and θ were inferred together by a program in which classes learn from voxels that they share with fluid. θ of the
     result has no such Gaussians; the bound is of the program that has.
     """
-    fluid = learned.table.fluid if recipe.classes == "table" and recipe.intensity == "per-scan" else None
+    fluid = _shared_fluid(learned, recipe)
     if fluid is None or not recipe.again_steps:
         return found
     program, data, plain = found.program, found.data, found.program.intensity
-    blur = BESIDE / min(learned.grid.spacing)
-    z = found.posterior.sample(DRAWS)
-    theta = learn_beside_shared(
-        program, z, *data, found.posterior.theta, fluid, blur, recipe.pseudo, recipe.shared_steps
-    )
+    z, blur, theta = found.posterior.sample(DRAWS), BESIDE / min(learned.grid.spacing), found.posterior.theta
+    theta = learn_beside_shared(program, z, *data, theta, fluid, blur, recipe.pseudo, recipe.shared_steps)
     r = label_responsibilities(program, z, *data, theta)[0]
     shared, beside = with_shared_voxels(plain.plain, theta, r, fluid, program.shape_prior.grid, blur)
     program.intensity = shared if plain is plain.plain else GuidedIntensity(shared)
@@ -142,18 +139,24 @@ def _once_more(learned: LearnedModel, recipe: Recipe, found: Inference) -> Infer
     return replace(found, posterior=replace(posterior, theta=theta), bound=bound, kl=kl)
 
 
+def _shared_fluid(learned: LearnedModel, recipe: Recipe) -> int | None:
+    """The class of fluid, where the recipe has it share voxels with tissue, or None."""
+    of_scans_own = recipe.classes == "table" and recipe.intensity == "per-scan"
+    return learned.table.fluid if recipe.partial_volume and of_scans_own else None
+
+
 def _to_read_out(learned: LearnedModel, recipe: Recipe, found: Inference) -> Inference:
     """With weights that depend on the place, and partial volume, where the recipe asks for it; the bound is without."""
     if recipe.intensity == "shared" or not (recipe.local_blur or recipe.partial_volume):
         return found
     program, data, theta = found.program, found.data, found.posterior.theta
     spacing, grid = learned.grid.spacing, program.shape_prior.grid
-    fluid = learned.table.fluid if recipe.classes == "table" else None
-    shared = fluid if recipe.partial_volume else None
+    shared = _shared_fluid(learned, recipe)
     z, power, beside = found.posterior.sample(DRAWS), recipe.power_at(math.prod(spacing)), BESIDE / min(spacing)
     if shared is not None and recipe.shared_steps:
         theta = learn_beside_shared(program, z, *data, theta, shared, beside, recipe.pseudo, recipe.shared_steps)
     if recipe.local_blur:
+        fluid = learned.table.fluid if recipe.classes == "table" else None
         classes = set(range(len(program.intensity.components))) - {0, fluid}
         options = MapOptions(recipe.local_blur / min(spacing))
         theta = localise(program, z, *data, theta, classes, options, power)

@@ -38,6 +38,17 @@ def linear_rows(places: Tensor, shape: Sequence[int], kernels: Sequence[Sequence
     return index, weight
 
 
+def between(values: Tensor, offset: Sequence[float]) -> Tensor:
+    """Values (..., *grid) at places moved by less than a voxel along each axis, linear; beyond the edge, the edge."""
+    for axis, part in enumerate(offset, -len(offset)):
+        inner = values.shape[axis] - 1
+        here, beside = (0, 1) if part > 0 else (1, 0)
+        moved = values.clone()
+        moved.narrow(axis, here, inner).lerp_(values.narrow(axis, beside, inner), abs(part))
+        values = moved
+    return values
+
+
 def compact(index: Tensor, total: int) -> tuple[Tensor, Tensor]:
     """The rows that an index into `total` rows touches, rising (N,), and the index into those."""
     touched = torch.zeros(total, dtype=torch.bool, device=index.device)

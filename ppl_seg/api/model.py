@@ -16,10 +16,11 @@ from ppl_seg.api.scan_inference import encode_label_map, infer_scan
 from ppl_seg.api.trust import trust
 from ppl_seg.data.alignment import check_alignment
 from ppl_seg.data.fields import check_view
-from ppl_seg.data.loading import OwnScan, load_scan
+from ppl_seg.data.loading import OwnScan, load_scan, nearest_voxels
 from ppl_seg.data.names import parse_name
 from ppl_seg.data.resampling import inside as inside_of
 from ppl_seg.errors import InputError
+from ppl_seg.inference.partial_volume import OwnVoxels
 from ppl_seg.inference.trainer import resolve_device
 from ppl_seg.inference.training_options import derived_seed
 from ppl_seg.results.provenance import Stopwatch
@@ -106,7 +107,12 @@ class Model(LearnedModel):
             torch.manual_seed(derived_seed(seed, 0, _fingerprint(own)))
             encoded = None if shape_from is None else encode_label_map(fitting, shape_from, own.image, alignment, where)
             shows = inside_of(alignment.matrix, own.image.shape, fitting.grid.shape)
-            found = infer_scan(fitting, chosen, on_grid.to(where), observed.to(where), refine, encoded, inside=shows)
+            own_voxels = None
+            if chosen.shared_steps:
+                nearest = nearest_voxels(normalised, own.observed, alignment.matrix, fitting.grid.shape)
+                own_voxels = OwnVoxels(*nearest)
+            data = (on_grid.to(where), observed.to(where))
+            found = infer_scan(fitting, chosen, *data, refine, encoded, inside=shows, own_voxels=own_voxels)
             z = found.posterior.sample(draws)[:, 0]
             watch.lap("infer")
             result = read_out(

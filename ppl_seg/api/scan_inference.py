@@ -19,7 +19,7 @@ from ppl_seg.guides.families import Family, build_family
 from ppl_seg.inference.expectation import MapOptions, label_responsibilities, localise, update_theta
 from ppl_seg.inference.label_fusion import map_weights
 from ppl_seg.inference.label_training import log_label_marginals
-from ppl_seg.inference.partial_volume import BESIDE, learn_beside_shared, with_shared_voxels
+from ppl_seg.inference.partial_volume import BESIDE, OwnVoxels, learn_beside_shared, with_shared_voxels
 from ppl_seg.inference.posterior import Posterior, best_start, factor_of, infer, start_theta
 from ppl_seg.inference.recipes import Recipe
 from ppl_seg.models.guided_intensity import GuidedIntensity, outside_log_factor, with_label_factor, with_log_factor
@@ -28,6 +28,7 @@ from ppl_seg.models.segmentation import SegmentationModel
 from ppl_seg.models.warped_atlas import WarpedAtlas
 
 NEAR_BRAIN = 0.98  # probability of background below which a voxel outside a brain mask says something
+FEW_DRAWS = 2  # of those, where f alone is asked for
 DRAWS = 4  # of z, under which local weights are learned and shared voxels are found
 START_SCALE = 0.3  # sd of a scan's own q(z) before its first step: the gradient hears the data before the noise
 
@@ -68,6 +69,7 @@ def infer_scan(
     encoded: dist.Distribution | None = None,
     amortised: bool = True,
     inside: Tensor | None = None,
+    own_voxels: OwnVoxels | None = None,
 ) -> Inference:
     """q(z) and θ of one scan, (1, C, *grid), as `segment` infers them.
 
@@ -79,6 +81,7 @@ def infer_scan(
         recipe: adapted to the field of view. refine: gradient steps; None takes the recipe's.
         encoded: q(z) in place of its inference. amortised: with the q(z|x) and the background maps of a fit.
         inside: bool, (*grid), the image's field of view; None, all of the grid.
+        own_voxels: from which θ is learned beside shared voxels; None, the grid's.
 
     Raises:
         InputError: the recipe shares θ among scans, and the model was fitted to none.
@@ -89,7 +92,7 @@ def infer_scan(
     as_encoded = learned.scan_guide is not None and amortised and refine == 0
     if not isinstance(atlas, WarpedAtlas) or recipe.shape != "prior" or encoded is not None or as_encoded:
         only = _infer_scan(learned, recipe, *scans, refine, encoded, amortised, log_u, evidence)
-        return _to_read_out(learned, recipe, only)
+        return _to_read_out(learned, recipe, only, own_voxels)
 
     def infer_with(prior: WarpedAtlas, strength: float) -> Inference:
         there = amortised and strength == 1
@@ -102,7 +105,9 @@ def infer_scan(
     own = _own_template(learned, recipe, found)
     if own is not None and found.strength is not None:
         found = infer_with(own, found.strength)
-    return _to_read_out(learned, recipe, found if refine == 0 else _once_more(learned, recipe, found))
+    if refine != 0:
+        found = _once_more(learned, recipe, found, own_voxels)
+    return _to_read_out(learned, recipe, found, own_voxels)
 
 
 def _own_template(learned: LearnedModel, recipe: Recipe, found: Inference) -> WarpedAtlas | None:
@@ -115,7 +120,7 @@ def _own_template(learned: LearnedModel, recipe: Recipe, found: Inference) -> Wa
     return atlas.reweighted(weights)
 
 
-def _once_more(learned: LearnedModel, recipe: Recipe, found: Inference) -> Inference:
+def _once_more(learned: LearnedModel, recipe: Recipe, found: Inference, own_voxels: OwnVoxels | None) -> Inference:
     """z inferred on from where it is, where the recipe asks for it, with what it says of θ beside shared voxels.
 
     z and θ were inferred together by a program in which classes learn from voxels that they share with fluid. θ of the
@@ -125,8 +130,8 @@ def _once_more(learned: LearnedModel, recipe: Recipe, found: Inference) -> Infer
     if fluid is None or not recipe.again_steps:
         return found
     program, data, plain = found.program, found.data, found.program.intensity
-    z, blur, theta = found.posterior.sample(DRAWS), BESIDE / min(learned.grid.spacing), found.posterior.theta
-    theta = learn_beside_shared(program, z, *data, theta, fluid, blur, recipe.pseudo, recipe.shared_steps)
+    z, blur = found.posterior.sample(DRAWS), BESIDE / min(learned.grid.spacing)
+    theta = _learned_beside_shared(learned, recipe, found, z, fluid, own_voxels)
     r = label_responsibilities(program, z, *data, theta)[0]
     shared, beside = with_shared_voxels(plain.plain, theta, r, fluid, program.shape_prior.grid, blur)
     program.intensity = shared if plain is plain.plain else GuidedIntensity(shared)
@@ -139,13 +144,24 @@ def _once_more(learned: LearnedModel, recipe: Recipe, found: Inference) -> Infer
     return replace(found, posterior=replace(posterior, theta=theta), bound=bound, kl=kl)
 
 
+def _learned_beside_shared(
+    learned: LearnedModel, recipe: Recipe, found: Inference, z: Tensor, fluid: int, own_voxels: OwnVoxels | None
+) -> IntensityParameters:
+    """θ by EM beside shared voxels, at a few of the draws of z."""
+    blur, steps = BESIDE / min(learned.grid.spacing), recipe.shared_steps
+    data, theta = found.data, found.posterior.theta
+    return learn_beside_shared(
+        found.program, z[:FEW_DRAWS], *data, theta, fluid, blur, recipe.pseudo, steps, own_voxels
+    )
+
+
 def _shared_fluid(learned: LearnedModel, recipe: Recipe) -> int | None:
     """The class of fluid, where the recipe has it share voxels with tissue, or None."""
     of_scans_own = recipe.classes == "table" and recipe.intensity == "per-scan"
     return learned.table.fluid if recipe.partial_volume and of_scans_own else None
 
 
-def _to_read_out(learned: LearnedModel, recipe: Recipe, found: Inference) -> Inference:
+def _to_read_out(learned: LearnedModel, recipe: Recipe, found: Inference, own_voxels: OwnVoxels | None) -> Inference:
     """With weights that depend on the place, and partial volume, where the recipe asks for it; the bound is without."""
     if recipe.intensity == "shared" or not (recipe.local_blur or recipe.partial_volume):
         return found
@@ -154,7 +170,7 @@ def _to_read_out(learned: LearnedModel, recipe: Recipe, found: Inference) -> Inf
     shared = _shared_fluid(learned, recipe)
     z, power, beside = found.posterior.sample(DRAWS), recipe.power_at(math.prod(spacing)), BESIDE / min(spacing)
     if shared is not None and recipe.shared_steps:
-        theta = learn_beside_shared(program, z, *data, theta, shared, beside, recipe.pseudo, recipe.shared_steps)
+        theta = _learned_beside_shared(learned, recipe, found, z, shared, own_voxels)
     if recipe.local_blur:
         fluid = learned.table.fluid if recipe.classes == "table" else None
         classes = set(range(len(program.intensity.components))) - {0, fluid}

@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..models.intensity import IntensityModel, IntensityParameters, PseudoCounts
+from ..models.interpolation import between
 from ..models.segmentation import SegmentationModel
 from ..models.shape_prior import gaussian_blur
-from ..models.voxels import EVERYWHERE, seen_by_any
+from ..models.voxels import EVERYWHERE
 from .expectation import expecting, flatten, label_responsibilities
 
+PARTS = 4  # of the voxels: each step of EM takes one, in turn
 BESIDE = 2.0  # mm, sd of the Gaussian through which fluid is near
 SHARED = 2.0  # how often voxels are shared, for each voxel of the other kind nearby; half of them at most
 SELDOM = 0.1  # weight of a Gaussian of fluid below which it may be of anything
 WIDTH = 48**-0.5  # sd of a uniform from 0 to 1/2
-PARTS = 4  # of the voxels: each step of EM takes one, in turn
 SD_SHARE = 0.1  # weight of the usual sd: without its borders a class says itself how much its voxels differ
+
+
+@dataclass(frozen=True)
+class OwnVoxels:
+    """Intensities of a scan's own voxels, in parts that each lie like the grid's voxels, moved by a part of one.
+
+    scan, observed: (P, C, *grid). offsets: of each part, voxels of the grid along its axes.
+    """
+
+    scan: Tensor
+    observed: Tensor
+    offsets: Sequence[Sequence[float]]
+
+    def part(self, step: int) -> tuple[Tensor, Tensor, Sequence[float]]:
+        """One of them, in turn: scan and observed, (1, C, *grid), and its offset."""
+        here = step % len(self.offsets)
+        return self.scan[here, None], self.observed[here, None], self.offsets[here]
 
 
 def learn_beside_shared(
@@ -31,43 +50,44 @@ def learn_beside_shared(
     blur: float,
     pseudo: PseudoCounts,
     steps: int,
+    own_voxels: OwnVoxels | None = None,
 ) -> IntensityParameters:
     """θ of one scan by EM in which `with_shared_voxels` takes the borders, so that no class learns from them.
 
-    Cortex lies beside fluid everywhere, and in voxels of 2 mm half of it is mixed with it: where grey and white matter
-    look alike, as in FLAIR, their means change places. f stays as it is, averaged over the draws.
+    Cortex lies beside fluid everywhere, and in voxels of 2 mm half of it is mixed with it, and much of the rest with
+    white matter: where grey and white matter look alike, as in FLAIR, their means change places. So it is learned from
+    the scan's own voxels, a part of them each step. f stays as it is, averaged over the draws.
 
     Args:
         model: the program, with or without a label factor. z: draws, (S, 1, D). scan, observed: (1, C, *grid).
         theta: where EM starts, (1, ...), with constant weights. fluid: its class. blur: sd, voxels of the grid.
-        pseudo: the penalty of θ. steps: of EM; 12 are as good as 60.
+        pseudo: the penalty of θ. steps: of EM; 16 are as good as 60.
+        own_voxels: of the scan, intensities alone; None takes the grid's.
     """
     intensity, grid = model.intensity, model.shape_prior.grid
     own = intensity.plain
     expected = expecting(model, observed, replace(pseudo, sd_share=SD_SHARE))
-    everything = flatten(scan, observed)
+    of_classes = IntensityModel(range(len(own.components)), own.components, own.channels).to(z.device)
+    own_voxels = own_voxels or OwnVoxels(*intensity.own(scan, observed), ((0.0,) * len(grid),))
     with torch.no_grad():
-        log_f = label_responsibilities(model, z, scan, observed, theta, "prior")[0].log()
-        log_f += (
-            intensity.label_log_prob(*everything, theta) - own.label_log_prob(*intensity.own(*everything), theta)
-        )[0]
-
-        def responsibilities(at: IntensityModel, of: IntensityParameters, voxels: slice | Tensor) -> Tensor:
-            flat, seen = (values[..., voxels] for values in intensity.own(*everything))
-            return (log_f[:, voxels] + at.label_log_prob(flat, seen, of.at(voxels))[0]).softmax(0)
-
-        shared, of_shared = own, theta
+        everything = flatten(scan, observed)
+        f = label_responsibilities(model, z, scan, observed, theta, "prior")[0]
+        alone = own.class_log_prob(*intensity.own(*everything), theta)[0, own.class_of_label]
+        f = own.class_sums((f.log() + intensity.label_log_prob(*everything, theta)[0] - alone).exp()[None])
+        f = f[0].unflatten(-1, grid)
         for step in range(steps):
-            if step % PARTS == 0:
-                r = responsibilities(shared, of_shared, EVERYWHERE)
-            shared, of_shared = with_shared_voxels(own, theta, r, fluid, grid, blur)
-            voxels = seen_by_any(observed.flatten(2), slice(step % PARTS, None, PARTS))
-            flat, seen = (values[..., voxels] for values in intensity.own(*everything))
-            of_label = responsibilities(shared, of_shared, voxels)[None]
-            of_component = shared.component_responsibilities(of_label, flat, seen, of_shared.at(voxels))
+            part, observed_part, offset = own_voxels.part(step)
+            flat, seen = flatten(part.to(z.device), observed_part.to(z.device))
+            log_f = between(f, offset).flatten(1).clamp(min=torch.finfo(f.dtype).tiny).log()
+            if step == 0:
+                r = (log_f + of_classes.label_log_prob(flat, seen, theta)[0]).softmax(0)
+            some = slice(step % PARTS, None, PARTS)
+            flat, seen = flat[..., some], seen[..., some]
+            shared, of_shared = with_shared_voxels(of_classes, theta, r, fluid, grid, blur, some)
+            r[:, some] = (log_f[:, some] + shared.label_log_prob(flat, seen, of_shared)[0]).softmax(0)
+            of_component = shared.component_responsibilities(r[None, :, some], flat, seen, of_shared)
             pure = [s.start + k for s, size in zip(shared.slices, own.components, strict=True) for k in range(size)]
-            power = PARTS * model.likelihood_power
-            theta = own.m_step(of_component[:, pure], flat, seen, theta, expected, power)
+            theta = own.m_step(of_component[:, pure], flat, seen, theta, expected, PARTS * model.likelihood_power)
     return theta
 
 
@@ -78,6 +98,7 @@ def with_shared_voxels(
     fluid: int,
     grid: tuple[int, ...],
     blur: float,
+    voxels: slice = EVERYWHERE,
 ) -> tuple[IntensityModel, IntensityParameters]:
     """p(x|s) of one scan in which fluid and every tissue have voxels that the other shares.
 
@@ -89,6 +110,7 @@ def with_shared_voxels(
 
     Args:
         theta: of one scan. responsibilities: of labels, (M, J). fluid: its class. blur: sd, voxels of the grid.
+        voxels: of the maps that are wanted, flat.
 
     Returns:
         Model and θ, with weight maps of all components. As they were, where nothing lies beside fluid.
@@ -103,7 +125,8 @@ def with_shared_voxels(
     averages = torch.stack([weight[s] @ theta.mean[0, s] for s in intensity.slices])  # (N, C)
     tissue, of_fluid = volumes @ averages / volumes.sum(), intensity.slices[fluid]
     pure, mostly = _pure_fluid(theta.mean[0, of_fluid], theta.sd[0, of_fluid], weight[of_fluid], tissue)
-    maps = theta.log_weights()[0].expand(-1, len(near_fluid)).clone()
+    near_fluid = near_fluid[voxels]
+    maps = theta.at(voxels).log_weights()[0].expand(-1, len(near_fluid)).clone()
     maps[of_fluid] = (maps[of_fluid] + mostly.log()[:, None]).log_softmax(0)
     found = []
     for n, s in enumerate(intensity.slices):

@@ -14,7 +14,7 @@ from .objectives import OBJECTIVES
 
 USUAL_POWER = 0.05  # β, where nothing else is said
 LOCAL_BLUR = 4.0  # mm, of brains' weights
-SHARED_STEPS, AGAIN_STEPS = 12, 20  # of heads
+SHARED_STEPS, AGAIN_STEPS = 16, 20  # of heads
 STRENGTHS = (1.0, 0.5)  # of a warped atlas of brains or heads
 FUSION_BLUR = 12.0  # mm, of what is said of a label map
 FUSION_POWER_OF_A_CUBIC_MM = 0.00125  # 0.01 on a grid of 2 mm

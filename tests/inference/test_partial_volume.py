@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from ppl_seg.data.loading import nearest_voxels
 from ppl_seg.inference.expectation import expectation_maximisation
 from ppl_seg.inference.networks import build_shape_prior
-from ppl_seg.inference.partial_volume import WIDTH, _pure_fluid, learn_beside_shared, with_shared_voxels
+from ppl_seg.inference.partial_volume import WIDTH, OwnVoxels, _pure_fluid, learn_beside_shared, with_shared_voxels
 from ppl_seg.models.guided_intensity import with_label_factor, with_log_factor
 from ppl_seg.models.intensity import IntensityModel, IntensityParameters, PseudoCounts
 from ppl_seg.models.segmentation import SegmentationModel
 
 pytestmark = pytest.mark.usefixtures("float64")
 
+THICK = 1.5  # own voxels, of a cortex
 SIDE, FINE = 12, 5  # voxels along an axis; points along an axis in each
 GRID = (SIDE, SIDE, SIDE)
 MODEL = IntensityModel([0, 1, 2, 2], [1, 2, 2])  # background, tissue, and two labels of fluid
@@ -149,3 +152,32 @@ def test_a_thin_cortex_beside_fluid_is_learned_from_what_is_its_own(guided: bool
     found = learn_beside_shared(model, z, *data, start, 1, 1.0, pseudo, 12).mean[0, 1:, 0]
     assert float(plain[1]) < 0.64
     torch.testing.assert_close(found, truth, atol=0.02, rtol=0)
+
+
+def test_a_cortex_as_thin_as_a_voxel_of_the_grid_is_learned_from_the_scans_own() -> None:
+    """No voxel of the grid holds cortex alone: learned from those, its contrast to white matter is a quarter of 0.08."""
+    fine, generator = (32, 24, 24), torch.Generator().manual_seed(0)
+    border = 12 + 2 * torch.rand(fine[1:], generator=generator)  # where fluid ends, own voxels from the first face
+    place = torch.arange(32.0)[:, None, None]
+    fluid = (border - place).clamp(0, 1)
+    share = torch.stack([fluid, (border + THICK - place).clamp(0, 1) - fluid, (place + 1 - border - THICK).clamp(0, 1)])
+    truth = torch.tensor([0.1, 0.68, 0.6])
+    own = torch.einsum("n,nxyz->xyz", truth, share) + 0.02 * torch.randn(fine, generator=generator)
+    coarse = [t.unflatten(-3, (16, 2)).unflatten(-2, (12, 2)).unflatten(-1, (12, 2)) for t in (own, share)]
+    scan, of_grid = (t.mean((-5, -3, -1)) for t in coarse)
+    grid = tuple(scan.shape)
+    near = torch.stack([of_grid.roll(k, 1) for k in (-1, 0, 1)]).mean(0)[:, 1:-1]
+    expected = torch.cat([of_grid[:, :1], near, of_grid[:, -1:]], 1).clamp(min=1e-3)
+    location = torch.cat([torch.full((1, *grid), 1e-3), expected])
+    prior = build_shape_prior(location / location.sum(0), "location", 1)
+    model = SegmentationModel(prior, IntensityModel([0, 1, 2, 3], [1] * 4), 0.4)
+    data = (scan[None, None], torch.ones(1, 1, *grid, dtype=torch.bool))
+    matrix = np.diag([2.0, 2.0, 2.0, 1.0])
+    matrix[:3, 3] = 0.5
+    voxels = OwnVoxels(*nearest_voxels(own[None], torch.ones(1, *fine, dtype=torch.bool), matrix, grid))
+    mean = torch.tensor([0.9, 0.15, 0.55, 0.6]).view(1, 4, 1)
+    start = IntensityParameters(mean, torch.full_like(mean, 0.08), torch.zeros(1, 4))
+    words = (model, torch.zeros(2, 1, 1), *data, start, 1, 1.0, PseudoCounts(sd=0.08, sd_share=1.0), 16)
+    of_grid, of_own = (learn_beside_shared(*words, own_voxels).mean[0, 1:, 0] for own_voxels in (None, voxels))
+    assert float(of_grid[1] - of_grid[2]) < 0.03
+    torch.testing.assert_close(of_own, truth, atol=0.02, rtol=0)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from ppl_seg.data.resampling import blur_kernels, inside, resample
 from ppl_seg.models.decoders import enlarge
-from ppl_seg.models.interpolation import compact, linear_rows, ravel, unravel, weighted_rows
+from ppl_seg.models.interpolation import between, compact, linear_rows, ravel, unravel, weighted_rows
 from ppl_seg.results.blocks import positions
 
 MATRICES = {
@@ -51,3 +53,12 @@ def test_ravel() -> None:
     places = torch.tensor([[0, 0, 0], [1, 2, 1], [3, 0, 1]])
     assert ravel(places, (4, 3, 2)).tolist() == [0, 11, 19]
     assert torch.equal(unravel(ravel(places, (4, 3, 2)), (4, 3, 2)), places)
+
+
+@pytest.mark.parametrize("grid", [(5, 4, 3), (5, 1, 2), (6, 7)], ids=str)
+def test_between_voxels_is_linear_up_to_the_edge(grid: tuple[int, ...]) -> None:
+    values, offset = torch.rand(2, *grid, dtype=torch.float64), (-0.25, 0.4, 0.0)[: len(grid)]
+    places = unravel(torch.arange(math.prod(grid)), grid) + torch.tensor(offset, dtype=torch.float64)
+    expected = weighted_rows(values.flatten(1).unsqueeze(-1), *linear_rows(places, grid))[..., 0]
+    torch.testing.assert_close(between(values, offset).flatten(1), expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(between(values, (0.0,) * len(grid)), values)

@@ -155,7 +155,7 @@ def test_a_thin_cortex_beside_fluid_is_learned_from_what_is_its_own(guided: bool
 
 
 def test_a_cortex_as_thin_as_a_voxel_of_the_grid_is_learned_from_the_scans_own() -> None:
-    """No voxel of the grid holds cortex alone: learned from those, its contrast to white matter is a quarter of 0.08."""
+    """Learned from voxels of the grid, none of which holds cortex alone, it is hardly brighter than white matter."""
     fine, generator = (32, 24, 24), torch.Generator().manual_seed(0)
     border = 12 + 2 * torch.rand(fine[1:], generator=generator)  # where fluid ends, own voxels from the first face
     place = torch.arange(32.0)[:, None, None]

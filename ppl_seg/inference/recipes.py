@@ -40,7 +40,8 @@ class Recipe:
         local_blur: sd in mm of the Gaussian through which the weights of the structures' components follow the scan
             that is read out, see `expectation.localise`; 0 leaves them the same everywhere.
         partial_volume: whether fluid and tissue share voxels where a scan is read out, see `partial_volume`.
-        shared_steps: EM steps by which θ is learned anew beside the shared voxels, before a scan is read out.
+        shared_steps: EM steps by which θ is learned anew from the scan's own voxels, beside those that classes share,
+            before it is read out.
         again_steps: gradient steps of z that follow with that θ, before it is learned once more; of a warped atlas.
         fusion_power, fusion_blur: power of the likelihood by which label maps are weighed, and sd in mm of the Gaussian
             around a place, see `label_fusion.map_weights`; power 0: the template is everyone's.
@@ -232,8 +233,8 @@ def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float, wa
     Two Gaussians a class, for nuclei and lesions, help brains and crops; fluid, that flows and lies in thin layers, has
     more. Of a brain the weights of the two depend on the place, and fluid and tissue share the voxels of their borders.
     Heads have many classes that look alike, and EM two optima then: a tenth of a millimetre in the registration decides
-    between them. One Gaussian must be wide enough for fluid that is bright; when z is known, it is learned anew without
-    the voxels that classes share with fluid, which a brain's second Gaussian takes.
+    between them. One Gaussian must be wide enough for fluid that is bright; when z is known, it is learned anew from
+    the scan's own voxels without those that classes share with fluid, which a brain's second Gaussian takes.
     A template is of all label maps, and few are as a scan's own would be: around each place they count by what they
     explain of it.
     How far people differ from an atlas differs: old brains further than its label maps, most others less.

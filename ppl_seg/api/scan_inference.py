@@ -28,8 +28,8 @@ from ppl_seg.models.segmentation import SegmentationModel
 from ppl_seg.models.warped_atlas import WarpedAtlas
 
 NEAR_BRAIN = 0.98  # probability of background below which a voxel outside a brain mask says something
-FEW_DRAWS = 2  # of those, where f alone is asked for
 DRAWS = 4  # of z, under which local weights are learned and shared voxels are found
+FEW_DRAWS = 2  # of these, under which θ is learned beside shared voxels
 START_SCALE = 0.3  # sd of a scan's own q(z) before its first step: the gradient hears the data before the noise
 
 

@@ -61,7 +61,7 @@ def learn_beside_shared(
     Args:
         model: the program, with or without a label factor. z: draws, (S, 1, D). scan, observed: (1, C, *grid).
         theta: where EM starts, (1, ...), with constant weights. fluid: its class. blur: sd, voxels of the grid.
-        pseudo: the penalty of θ. steps: of EM; 16 are as good as 60.
+        pseudo: the penalty of θ. steps: of EM; after 16, from wherever it starts, θ is the same.
         own_voxels: of the scan, intensities alone; None takes the grid's.
     """
     intensity, grid = model.intensity, model.shape_prior.grid

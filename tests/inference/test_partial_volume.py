@@ -124,6 +124,17 @@ def test_pure_fluid_is_the_gaussian_farthest_from_tissue_that_is_not_rare() -> N
     torch.testing.assert_close(mostly, torch.tensor([*beyond, 1e-6]))
 
 
+def beside_fluid(share: Tensor) -> tuple[SegmentationModel, IntensityParameters]:
+    """A program of fluid, cortex and white matter that knows their shares, (3, *grid), within a voxel; a θ."""
+    near = torch.stack([share.roll(k, 1) for k in (-1, 0, 1)]).mean(0)[:, 1:-1]
+    expected = torch.cat([share[:, :1], near, share[:, -1:]], 1).clamp(min=1e-3)
+    location = torch.cat([torch.full((1, *share.shape[1:]), 1e-3), expected])
+    prior = build_shape_prior(location / location.sum(0), "location", 1)
+    mean = torch.tensor([0.9, 0.15, 0.55, 0.6]).view(1, 4, 1)
+    start = IntensityParameters(mean, torch.full_like(mean, 0.08), torch.zeros(1, 4))
+    return SegmentationModel(prior, IntensityModel([0, 1, 2, 3], [1] * 4), 0.4), start
+
+
 @pytest.mark.parametrize("guided", [False, True])
 def test_a_thin_cortex_beside_fluid_is_learned_from_what_is_its_own(guided: bool) -> None:
     """As in FLAIR: fluid 0.1, cortex of two voxels 0.68, white matter 0.6; all of the cortex' outer half is shared.
@@ -137,16 +148,10 @@ def test_a_thin_cortex_beside_fluid_is_learned_from_what_is_its_own(guided: bool
     share = torch.stack([fluid, 1 - fluid - white, white])
     truth = torch.tensor([0.1, 0.68, 0.6])
     scan = torch.einsum("n,nxyz->xyz", truth, share) + 0.02 * torch.randn(grid, generator=generator)
-    near = torch.stack([share.roll(k, 1) for k in (-1, 0, 1)]).mean(0)[:, 1:-1]
-    expected = torch.cat([share[:, :1], near, share[:, -1:]], 1).clamp(min=1e-3)
-    location = torch.cat([torch.full((1, *grid), 1e-3), expected])
-    prior = build_shape_prior(location / location.sum(0), "location", 1)
-    model = SegmentationModel(prior, IntensityModel([0, 1, 2, 3], [1] * 4), 0.4)
+    model, start = beside_fluid(share)
     data = (scan[None, None], torch.ones(1, 1, *grid, dtype=torch.bool))
     if guided:
         model, data = with_label_factor(model), with_log_factor(*data, torch.zeros(1, 4, *grid))
-    mean = torch.tensor([0.9, 0.15, 0.55, 0.6]).view(1, 4, 1)
-    start = IntensityParameters(mean, torch.full_like(mean, 0.08), torch.zeros(1, 4))
     z, pseudo = torch.zeros(2, 1, 1), PseudoCounts(sd=0.08, sd_share=1.0)
     plain = expectation_maximisation(model, *data, start, z, 30, pseudo=pseudo).mean[0, 1:, 0]
     found = learn_beside_shared(model, z, *data, start, 1, 1.0, pseudo, 12).mean[0, 1:, 0]
@@ -166,17 +171,11 @@ def test_a_cortex_as_thin_as_a_voxel_of_the_grid_is_learned_from_the_scans_own()
     coarse = [t.unflatten(-3, (16, 2)).unflatten(-2, (12, 2)).unflatten(-1, (12, 2)) for t in (own, share)]
     scan, of_grid = (t.mean((-5, -3, -1)) for t in coarse)
     grid = tuple(scan.shape)
-    near = torch.stack([of_grid.roll(k, 1) for k in (-1, 0, 1)]).mean(0)[:, 1:-1]
-    expected = torch.cat([of_grid[:, :1], near, of_grid[:, -1:]], 1).clamp(min=1e-3)
-    location = torch.cat([torch.full((1, *grid), 1e-3), expected])
-    prior = build_shape_prior(location / location.sum(0), "location", 1)
-    model = SegmentationModel(prior, IntensityModel([0, 1, 2, 3], [1] * 4), 0.4)
+    model, start = beside_fluid(of_grid)
     data = (scan[None, None], torch.ones(1, 1, *grid, dtype=torch.bool))
     matrix = np.diag([2.0, 2.0, 2.0, 1.0])
     matrix[:3, 3] = 0.5
     voxels = OwnVoxels(*nearest_voxels(own[None], torch.ones(1, *fine, dtype=torch.bool), matrix, grid))
-    mean = torch.tensor([0.9, 0.15, 0.55, 0.6]).view(1, 4, 1)
-    start = IntensityParameters(mean, torch.full_like(mean, 0.08), torch.zeros(1, 4))
     words = (model, torch.zeros(2, 1, 1), *data, start, 1, 1.0, PseudoCounts(sd=0.08, sd_share=1.0), 16)
     of_grid, of_own = (learn_beside_shared(*words, own_voxels).mean[0, 1:, 0] for own_voxels in (None, voxels))
     assert float(of_grid[1] - of_grid[2]) < 0.03

@@ -99,7 +99,7 @@ class Recipe:
     label_steps: int = 600
     label_batch_size: int = 4
     label_rate: float = 2e-3
-    label_blur: float = 3.0
+    label_blur: float = 6.0
 
     @property
     def beta(self) -> float:

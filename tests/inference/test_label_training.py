@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ppl_seg.guides.label_network import LabelNetwork
-from ppl_seg.inference.label_training import PATCH, LabelCrossEntropy, LabelTask, log_label_marginals, match_location
+from ppl_seg.inference.label_training import (
+    PATCH,
+    LabelCrossEntropy,
+    LabelTask,
+    border_steepness,
+    log_label_marginals,
+    match_location,
+)
 from ppl_seg.inference.trainer import TrainingOptions, fit
 
 GRID, LABELS = (10, 9, 8), 3
@@ -113,3 +120,41 @@ def test_targets_that_agree_with_the_prior_stay() -> None:
     mean = truth.mean(0).clamp(min=1e-4)
     matched = match_location(truth.clone(), observed, (mean / mean.sum(0)).log(), blur=2.0)
     assert float((matched - truth).abs()[observed.expand_as(truth)].mean()) < 0.01
+
+
+def borders(places: Sequence[float], slopes: Sequence[float]) -> Tensor:
+    """One plane border a scan, (n, 2, 40, 4, 3), at x = place, log r changing by its slope a voxel."""
+    x = torch.arange(40.0).view(1, 40, 1, 1)
+    place, slope = (torch.tensor(values).view(-1, 1, 1, 1) for values in (places, slopes))
+    inside = torch.sigmoid(slope * (place - 0.5 - x)).expand(-1, 40, 4, 3)
+    return torch.stack([1 - inside, inside], 1)
+
+
+def test_steepness_is_the_slope_of_a_border() -> None:
+    steep = border_steepness(borders([20, 20, 20], [3.0, 1.5, 0.75]), blur=6.0)[:, 0, 20, 2, 1]
+    torch.testing.assert_close(steep[0] / steep[1], torch.tensor(2.0), rtol=0.1, atol=0.0)
+    torch.testing.assert_close(steep[1] / steep[2], torch.tensor(2.0), rtol=0.1, atol=0.0)
+    far = border_steepness(borders([20, 20], [3.0, 0.75]), blur=1.0)[:, 0, 2, 2, 1]
+    torch.testing.assert_close(far, torch.ones(2), rtol=0.05, atol=0.0)  # no border: as all
+
+
+def test_matching_moves_sharp_and_smeared_borders_equally_far() -> None:
+    places = [18.0, 20.0, 22.0] * 4
+    slopes = [4.0, 4.0, 4.0, 0.8, 0.8, 0.8] * 2
+    location = borders(places, [4.0] * 12).mean(0).clamp(min=1e-6).log().log_softmax(0)
+    found = borders([place + 1.0 for place in places], slopes)
+    matched = match_location(found.clone(), torch.ones(12, 1, 40, 4, 3, dtype=torch.bool), location, blur=6.0)
+    moved = (found - matched)[:, 1].sum(1).mean((1, 2))  # mm that a border went back, of 1 mm
+    sharp, smeared = moved[torch.tensor(slopes) == 4.0].mean(), moved[torch.tensor(slopes) == 0.8].mean()
+    assert 0.6 < float(sharp) < 1.4 and 0.6 < float(smeared) < 1.4
+    assert abs(float(sharp - smeared)) < 0.3
+
+
+def test_matching_asks_for_nothing_that_so_few_scans_cannot_show() -> None:
+    """A thousand label maps reach places that forty sharp scans do not: no structure is made up there."""
+    _, observed, truth, _ = population(40)
+    sharp = torch.nn.functional.one_hot(truth.argmax(1), LABELS).movedim(-1, 1).clamp(1e-9, 1.0)
+    location = 0.99 * sharp.mean(0)
+    location[1] += 0.01  # it has been seen everywhere
+    matched = match_location(sharp.clone(), observed, location.log(), blur=2.0)
+    assert float((matched - sharp).abs()[:, :, 7:].mean()) < 1e-4  # far from all

@@ -23,7 +23,7 @@ PATCH = 64  # voxels: the longest side of what a training step sees of a scan
 ScanAugment = Callable[[Tensor, Tensor, Tensor, Sequence[slice], torch.Generator], tuple[Tensor, Tensor, Tensor]]
 SMALLEST = 1e-8  # probability, in logarithms
 MATCHING_STEPS, MATCHING_RATE = 15, 0.7  # of `match_location`
-FLAT = 0.01  # doubt in each voxel that is as steep as all: where there is no border, nothing is said
+FLAT = 0.01  # doubt that is added to each voxel, as steep as all: where there is no border, it alone speaks
 
 
 class LabelCrossEntropy:
@@ -87,8 +87,8 @@ def log_label_marginals(
 def match_location(targets: Tensor, observed: Tensor, log_location_prior: Tensor, blur: float) -> Tensor:
     """Label marginals t ∝ r exp(b g), with one smooth b for all scans, so that their mean over scans is the prior's.
 
-    g, of each scan, is such that b moves the borders of all scans equally far, see `border_steepness`. What fewer than
-    one of n have at a place, n scans can't tell: there nothing is asked for.
+    g, of each scan, is such that b moves the borders of all scans equally far: its `border_steepness` within half the
+    blur. What fewer than one of n have at a place, n scans can't tell: there nothing is asked for.
 
     Args:
         targets: r, (n, M, *grid), changed in place. observed: (n, C or 1, *grid).
@@ -117,11 +117,11 @@ def match_location(targets: Tensor, observed: Tensor, log_location_prior: Tensor
 
 
 def border_steepness(marginals: Tensor, blur: float) -> Tensor:
-    """How steeply label marginals change across their borders, (n, 1, *grid), 1 where as steeply as in all scans.
+    """How steeply label marginals change across their borders, (n, 1, *grid), relative to the mean of all scans.
 
     Where log r changes by b, the volume of a label changes by Σ_j r_j (1 − r_j) b: the wider its border is smeared, the
-    more. Over the border's area that is how far the border moves; so it is area over Σ_j (1 − Σ_m r_jm²), both around
-    a place.
+    more. Over the border's area that is how far the border moves; so the steepness is area over Σ_j (1 − Σ_m r_jm²),
+    both around a place. Where there is no border it is 1.
 
     Args:
         marginals: (n, M, *grid). blur: sd of the Gaussian around a place, voxels.
@@ -136,6 +136,5 @@ def border_steepness(marginals: Tensor, blur: float) -> Tensor:
         borders.append(border)
         doubts.append(1 - r.float().square().sum(0))
     border, doubt = torch.stack(borders).unsqueeze(1), torch.stack(doubts).unsqueeze(1)
-    usual = border.sum() / doubt.sum().clamp(min=SMALLEST)
-    around = gaussian_blur(border, blur), gaussian_blur(doubt, blur)
-    return (around[0] + usual * FLAT) / (around[1] + FLAT) / usual.clamp(min=SMALLEST)
+    usual = (border.sum() / doubt.sum().clamp(min=SMALLEST)).clamp(min=SMALLEST)  # area for each doubt, of all scans
+    return (gaussian_blur(border, blur) / usual + FLAT) / (gaussian_blur(doubt, blur) + FLAT)

@@ -144,7 +144,7 @@ def test_matching_moves_sharp_and_smeared_borders_equally_far() -> None:
     location = borders(places, [4.0] * 12).mean(0).clamp(min=1e-6).log().log_softmax(0)
     found = borders([place + 1.0 for place in places], slopes)
     matched = match_location(found.clone(), torch.ones(12, 1, 40, 4, 3, dtype=torch.bool), location, blur=6.0)
-    moved = (found - matched)[:, 1].sum(1).mean((1, 2))  # mm that a border went back, of 1 mm
+    moved = (found - matched)[:, 1].sum(1).mean((1, 2))  # voxels that a border went back, of 1
     sharp, smeared = moved[torch.tensor(slopes) == 4.0].mean(), moved[torch.tensor(slopes) == 0.8].mean()
     assert 0.6 < float(sharp) < 1.4 and 0.6 < float(smeared) < 1.4
     assert abs(float(sharp - smeared)) < 0.3

@@ -12,20 +12,20 @@ from torch import Tensor, nn
 
 from ppl_seg.api.model import Model
 from ppl_seg.api.output import LABELS, say
-from ppl_seg.api.scan_inference import infer_scan
+from ppl_seg.api.scan_inference import MARGINAL_DRAWS, infer_scan
 from ppl_seg.data.scan_augmentation import augmentation
 from ppl_seg.data.simulated_anatomy import AnatomySimulator
 from ppl_seg.data.simulated_scans import ScanSimulator
 from ppl_seg.guides.label_network import build_label_network
+from ppl_seg.inference.border_shift import match_location
 from ppl_seg.inference.label_sleep import LabelOverlapLoss, SimulatedScanTask
-from ppl_seg.inference.label_training import LabelCrossEntropy, LabelTask, match_location
+from ppl_seg.inference.label_training import LabelCrossEntropy, LabelTask
 from ppl_seg.inference.networks import freeze
 from ppl_seg.inference.trainer import TrainingOptions, fit
 from ppl_seg.inference.training_options import derived_seed, resolve_device
 
 NETWORK, ANY_CONTRAST = "u-net", "any-contrast"
 ASLEEP_RATE, ASLEEP_CLIP_NORM = 2e-3, 1.0
-DRAWS = 16  # of z, over which a scan's label marginals are averaged
 CLIP_NORM = 0.1  # of the cross-entropy per voxel
 AGREEMENT = 0.99  # share of the structures' voxels that a round leaves as they were: the next one has nothing to teach
 
@@ -82,6 +82,8 @@ def learn_label_network(
 ) -> tuple[Model, list[dict[str, float]]]:
     """The fitted model with q(s|x), and of each round: cross-entropy per voxel, agreement with the round before.
 
+    Where targets are matched to the location prior, the model has the shift that matches what it infers at last, too.
+
     Args:
         model: fitted, q(z|x) and θ. scans: (n, C, *grid). observed: (n, C or 1, *grid).
         training: seed, device, precision. out: the model directory, for checkpoints.
@@ -93,22 +95,26 @@ def learn_label_network(
     config = {**model.config, "label_network": {"network": NETWORK, "options": {}}}
     # what was learned asleep makes room
     config["training"] = {key: value for key, value in config["training"].items() if key != "label_guide"}
-    model = replace(model, label_network=None, config=config)
+    model = replace(model, label_network=None, border_shift=None, config=config)
     options = TrainingOptions(
         **{**training, "learning_rate": recipe.label_rate}, steps=recipe.label_steps, clip_norm=CLIP_NORM
     )
     spacing = min(model.grid.spacing)
     rounds: list[dict[str, float]] = []
     before: Tensor | None = None
-    for number in range(1, recipe.label_rounds + 1):
+    # where borders are moved, the last inference is for what `segment` reports
+    for number in range(1, recipe.label_rounds + 1 + bool(recipe.label_blur)):
         targets = infer_targets(model, scans, observed, derived_seed(seed, number, "label targets"))
         labels = targets.argmax(1).to(torch.int16)
         agreement = 0.0 if before is None else float(label_agreement(before, labels))
-        before = labels
-        if agreement >= AGREEMENT:
-            break
+        before, ended = labels, agreement >= AGREEMENT or number > recipe.label_rounds
         if recipe.label_blur:
-            targets = match_location(targets, observed, location.to(targets.device), recipe.label_blur / spacing)
+            shift = match_location(targets, observed, location.to(targets.device), recipe.label_blur / spacing)
+            if ended:
+                config["label_network"]["matched"] = True
+                model = replace(model, border_shift=freeze(shift.cpu()))
+        if ended:
+            break
         task = LabelTask(
             scans, observed, targets, location.to(scans.device), recipe.label_batch_size, augmentation(spacing)
         )
@@ -145,7 +151,7 @@ def infer_targets(model: Model, scans: Tensor, observed: Tensor, seed: int) -> T
             one = scans[i : i + 1], observed[i : i + 1]
             each = [
                 infer_scan(model, recipe, *one, amortised=start).label_marginals(
-                    DRAWS, recipe.power_at(math.prod(model.grid.spacing))
+                    MARGINAL_DRAWS, recipe.power_at(math.prod(model.grid.spacing))
                 )
                 for start in starts
             ]

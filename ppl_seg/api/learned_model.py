@@ -28,6 +28,7 @@ from ppl_seg.guides.deformations import DeformationGuide
 from ppl_seg.guides.label_maps import LabelMapGuide
 from ppl_seg.guides.label_network import AnyContrastNetwork, LabelNetwork
 from ppl_seg.guides.scans import ScanGuide
+from ppl_seg.inference.border_shift import BorderShift
 from ppl_seg.inference.networks import (
     build_segmentation_model,
     freeze,
@@ -57,6 +58,7 @@ class LearnedModel:
         config: names and options of the networks, as in config.json.
         recipe: of stage 2. channels: C.
         scan_guide: q(z|x), after a fit. label_network: q(s|x), where one was learned.
+        border_shift: of a fit's q(s|x), what brings the mean of the label marginals over the scans to the prior's.
         theta: of a fit: background maps, and shared or typical parameters.
     """
 
@@ -72,6 +74,7 @@ class LearnedModel:
     scan_guide: ScanGuide | None = None
     theta: IntensityParameters | None = None
     label_network: LabelNetwork | AnyContrastNetwork | None = None
+    border_shift: BorderShift | None = None
     field_of_view: str = "crop"
 
     def save(self, directory: str | Path, files: dict[str, bytes | str] | None = None) -> None:
@@ -95,7 +98,7 @@ class LearnedModel:
         tensors = {f"theta.{name}": tensor for name, tensor in theta_tensors(self.theta).items()}
         tensors |= with_prefix(self.shape_prior, "shape_prior") | with_prefix(self.label_guide, "label_guide")
         tensors |= with_prefix(self.scan_guide, "scan_guide") | with_prefix(self.label_network, "label_network")
-        return tensors | {"codes": self.codes}
+        return tensors | with_prefix(self.border_shift, "border_shift") | {"codes": self.codes}
 
     @property
     def hash(self) -> str:

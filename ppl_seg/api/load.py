@@ -20,6 +20,7 @@ from ppl_seg.data.labels import LabelTable
 from ppl_seg.errors import InputError
 from ppl_seg.guides.label_maps import LabelMapGuide
 from ppl_seg.guides.label_network import build_label_network
+from ppl_seg.inference.border_shift import BorderShift
 from ppl_seg.inference.networks import (
     build_label_guide,
     build_scan_guide,
@@ -106,6 +107,7 @@ def _assemble(config: dict[str, Any], tensors: dict[str, Tensor]) -> Model:
         scan_guide=networks.get("scan_guide"),
         theta=theta_from(take_prefix(tensors, "theta")),
         label_network=networks.get("label_network"),
+        border_shift=networks.get("border_shift"),
         field_of_view=config["field"],
     )
     model.build_program(recipe, model.channels)
@@ -129,6 +131,8 @@ def _networks(config: Mapping[str, Any], table: LabelTable, recipe: Recipe, loca
         networks["label_network"] = build_label_network(
             network["network"], prior, table.class_of_label, config["channels"], **_options(network)
         )
+        if network.get("matched"):  # not of older models, nor of one learned asleep
+            networks["border_shift"] = BorderShift(location.shape)
     return networks
 
 

@@ -30,6 +30,7 @@ from ppl_seg.models.warped_atlas import WarpedAtlas
 NEAR_BRAIN = 0.98  # probability of background below which a voxel outside a brain mask says something
 DRAWS = 4  # of z, under which local weights are learned and shared voxels are found
 FEW_DRAWS = 2  # of these, under which θ is learned beside shared voxels
+MARGINAL_DRAWS = 16  # of these, over which a scan's label marginals are averaged on the grid
 START_SCALE = 0.3  # sd of a scan's own q(z) before its first step: the gradient hears the data before the noise
 
 
@@ -39,8 +40,9 @@ class Inference:
 
     program, data: what z was inferred with, data (scan, observed); both with the label guide's factor where there is
     one that was learned awake. model: the program without it. Both have p(x|s) as it is read out, θ in the posterior is
-    theirs. log_u: the label guide's word, (M, *grid), or None. bound: of the program that z was inferred with, by the
-    objective, nats; with the factor it is a lower bound of the bound without, see `models.guided_intensity`.
+    theirs. log_u: the label guide's word as it is read out, (M, *grid), or None. bound: of the program that z was
+    inferred with, by the objective, nats; with the factor it is a lower bound of the bound without, see
+    `models.guided_intensity`.
     kl: KL(q ‖ p). strength: that the bound chose for a warped atlas, or None.
     """
 
@@ -92,7 +94,7 @@ def infer_scan(
     as_encoded = learned.scan_guide is not None and amortised and refine == 0
     if not isinstance(atlas, WarpedAtlas) or recipe.shape != "prior" or encoded is not None or as_encoded:
         only = _infer_scan(learned, recipe, *scans, refine, encoded, amortised, log_u, evidence)
-        return _to_read_out(learned, recipe, only, own_voxels)
+        return _to_read_out(learned, recipe, _with_moved_borders(learned, recipe, only), own_voxels)
 
     def infer_with(prior: WarpedAtlas, strength: float) -> Inference:
         there = amortised and strength == 1
@@ -159,6 +161,19 @@ def _shared_fluid(learned: LearnedModel, recipe: Recipe) -> int | None:
     """The class of fluid, where the recipe has it share voxels with tissue, or None."""
     of_scans_own = recipe.classes == "table" and recipe.intensity == "per-scan"
     return learned.table.fluid if recipe.partial_volume and of_scans_own else None
+
+
+def _with_moved_borders(learned: LearnedModel, recipe: Recipe, found: Inference) -> Inference:
+    """With a label guide's word by which the borders that are reported move as the fit found it, where it has done so.
+
+    z, θ and the bound are of the program without.
+    """
+    if learned.border_shift is None or found.log_u is None:
+        return found
+    spacing = learned.grid.spacing
+    r = found.label_marginals(MARGINAL_DRAWS, recipe.power_at(math.prod(spacing)))[0]
+    shift = learned.border_shift.to(r.device)(r, learned.recipe.label_blur / min(spacing))
+    return replace(found, log_u=found.log_u + shift)
 
 
 def _to_read_out(learned: LearnedModel, recipe: Recipe, found: Inference, own_voxels: OwnVoxels | None) -> Inference:

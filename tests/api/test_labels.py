@@ -77,7 +77,7 @@ def test_without_the_network_a_model_is_what_it_was(
 ) -> None:
     model, _ = fitted
     config = {name: value for name, value in model.config.items() if name != "label_network"}
-    bare = replace(model, label_network=None, config=config)
+    bare = replace(model, label_network=None, border_shift=None, config=config)
     bare.save(tmp_path / "bare")
     assert load_model(tmp_path / "bare").label_network is None
     off = replace(model, recipe=replace(model.recipe, label_guide=False))
@@ -85,6 +85,36 @@ def test_without_the_network_a_model_is_what_it_was(
     assert np.array_equal(segmented(off, study[1][0])[1], probabilities)
     assert np.array_equal(segmented(load_model(tmp_path / "bare"), study[1][0])[0], plain)
     assert not np.array_equal(segmented(model, study[1][0])[1], probabilities)
+
+
+def test_reported_marginals_have_the_location_prior_as_their_mean(
+    fitted: tuple[Model, Path], study: tuple[Path, list[Path]]
+) -> None:
+    """Nearer to it than the same model without the shift, over the scans it was learned from; the bound stays."""
+    model = fitted[0]
+    assert model.border_shift is not None and model.config["label_network"]["matched"]
+    location = model.shape_prior.log_location_prior.exp().numpy()
+
+    def away(one: Model) -> float:
+        mean = np.mean([segmented(one, scan)[1] for scan in study[1]], axis=0)
+        return float(np.abs(mean.sum((1, 2, 3)) - location.sum((1, 2, 3)))[1:].sum())
+
+    without = replace(model, border_shift=None)
+    assert away(model) < away(without)
+    results = [one.segment(study[1][0], draws=4, refine=1) for one in (model, without)]
+    assert results[0].bound == results[1].bound
+
+
+def test_a_model_from_before_borders_were_moved_is_read(
+    fitted: tuple[Model, Path], study: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    model = fitted[0]
+    network = {key: value for key, value in model.config["label_network"].items() if key != "matched"}
+    older = replace(model, border_shift=None, config={**model.config, "label_network": network})
+    older.save(tmp_path / "older")
+    again = load_model(tmp_path / "older")
+    assert again.border_shift is None and again.hash == older.hash
+    assert np.array_equal(segmented(again, study[1][0])[1], segmented(older, study[1][0])[1])
 
 
 def test_other_units_of_intensity_change_nothing(
@@ -125,7 +155,7 @@ def test_a_fit_killed_between_rounds_resumes_to_the_same_model(
 
 def test_altered_options_of_the_network_are_an_error(fitted: tuple[Model, Path], tmp_path: Path) -> None:
     model, _ = fitted
-    other = {"network": "u-net", "options": {"width": 8}}
+    other = {**model.config["label_network"], "options": {"width": 8}}
     replace(model, config={**model.config, "label_network": other}).save(tmp_path / "m")
     with pytest.raises(InputError, match="label_network"):
         load_model(tmp_path / "m")

@@ -17,7 +17,7 @@ from ppl_seg.data.scan_augmentation import augmentation
 from ppl_seg.data.simulated_anatomy import AnatomySimulator
 from ppl_seg.data.simulated_scans import ScanSimulator
 from ppl_seg.guides.label_network import build_label_network
-from ppl_seg.inference.border_shift import match_location
+from ppl_seg.inference.border_shift import learn_shift
 from ppl_seg.inference.label_sleep import LabelOverlapLoss, SimulatedScanTask
 from ppl_seg.inference.label_training import LabelCrossEntropy, LabelTask
 from ppl_seg.inference.networks import freeze
@@ -82,7 +82,7 @@ def learn_label_network(
 ) -> tuple[Model, list[dict[str, float]]]:
     """The fitted model with q(s|x), and of each round: cross-entropy per voxel, agreement with the round before.
 
-    Where targets are matched to the location prior, the model has the shift that matches what it infers at last, too.
+    Where targets are matched to the location prior, the model has the shift of what it infers at last, too.
 
     Args:
         model: fitted, q(z|x) and θ. scans: (n, C, *grid). observed: (n, C or 1, *grid).
@@ -107,14 +107,18 @@ def learn_label_network(
         targets = infer_targets(model, scans, observed, derived_seed(seed, number, "label targets"))
         labels = targets.argmax(1).to(torch.int16)
         agreement = 0.0 if before is None else float(label_agreement(before, labels))
+        as_before = f": {agreement:.3f} of the structures' voxels as before" if number > 1 else ""
         before, ended = labels, agreement >= AGREEMENT or number > recipe.label_rounds
+        shift = None
         if recipe.label_blur:
-            shift = match_location(targets, observed, location.to(targets.device), recipe.label_blur / spacing)
-            if ended:
-                config["label_network"]["matched"] = True
-                model = replace(model, border_shift=freeze(shift.cpu()))
+            shift = learn_shift(targets, observed, location.to(targets.device), recipe.label_blur / spacing)
         if ended:
+            model = replace(model, border_shift=None if shift is None else freeze(shift.cpu()))
+            say([f"label guide, ended{as_before}"])
             break
+        if shift is not None:
+            for r in targets:
+                r.copy_(shift.move(r))
         task = LabelTask(
             scans, observed, targets, location.to(scans.device), recipe.label_batch_size, augmentation(spacing)
         )
@@ -131,7 +135,6 @@ def learn_label_network(
         )
         model = replace(model, label_network=freeze(network.cpu()))
         rounds.append({"agreement": agreement, **log.last_terms()})
-        as_before = f": {agreement:.3f} of the structures' voxels as before" if number > 1 else ""
         say([f"label guide, round {number} of at most {recipe.label_rounds}{as_before}"])
     return model, rounds
 

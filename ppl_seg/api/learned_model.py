@@ -58,7 +58,7 @@ class LearnedModel:
         config: names and options of the networks, as in config.json.
         recipe: of stage 2. channels: C.
         scan_guide: q(z|x), after a fit. label_network: q(s|x), where one was learned.
-        border_shift: of a fit's q(s|x), what brings the mean of the label marginals over the scans to the prior's.
+        border_shift: of a fit's q(s|x), what brings the scans' mean label marginals near the prior's.
         theta: of a fit: background maps, and shared or typical parameters.
     """
 
@@ -92,6 +92,7 @@ class LearnedModel:
             "field": self.field_of_view,
             "channels": self.channels,
             "recipe": self.recipe.to_dict(),
+            **({} if self.border_shift is None else {"border_shift": True}),
         }
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ _LABEL_MAPS = "shape_prior.label_maps"  # whole numbers, where all else is not
 LARGEST_OPTION = 4096  # of a network's options: widths, levels
 LARGEST_NUMBER = 1e6  # in a recipe: steps, batch sizes
 MOST_STRENGTHS = 8  # of which a scan's bound chooses
-_NOT_NETWORKS = {"kind", "version", "labels", "grid", "align", "field", "channels", "recipe"}
+_NOT_NETWORKS = {"kind", "version", "labels", "grid", "align", "field", "channels", "recipe", "border_shift"}
 
 
 def load_model(directory: str | Path, trusted: Sequence[str] = ()) -> Model:
@@ -92,6 +92,9 @@ def _assemble(config: dict[str, Any], tensors: dict[str, Tensor]) -> Model:
         network.load_state_dict(take_prefix(tensors, prefix))
     if isinstance(networks["label_guide"], LabelMapGuide):
         networks["label_guide"].follow(networks["shape_prior"])
+    shift = networks.get("border_shift")
+    if shift is not None and not (shift.usual > 0 and 0 < shift.blur <= LARGEST_OPTION):
+        raise ValueError(f"border_shift: blur {float(shift.blur)} or usual {float(shift.usual)} is no size")
     for network in networks.values():
         freeze(network)
     model = Model(
@@ -131,8 +134,8 @@ def _networks(config: Mapping[str, Any], table: LabelTable, recipe: Recipe, loca
         networks["label_network"] = build_label_network(
             network["network"], prior, table.class_of_label, config["channels"], **_options(network)
         )
-        if network.get("matched"):  # not of older models, nor of one learned asleep
-            networks["border_shift"] = BorderShift(location.shape)
+    if config.get("border_shift"):
+        networks["border_shift"] = BorderShift(location.shape)
     return networks
 
 

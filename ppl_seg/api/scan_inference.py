@@ -30,7 +30,7 @@ from ppl_seg.models.warped_atlas import WarpedAtlas
 NEAR_BRAIN = 0.98  # probability of background below which a voxel outside a brain mask says something
 DRAWS = 4  # of z, under which local weights are learned and shared voxels are found
 FEW_DRAWS = 2  # of these, under which θ is learned beside shared voxels
-MARGINAL_DRAWS = 16  # of these, over which a scan's label marginals are averaged on the grid
+MARGINAL_DRAWS = 16  # of z, over which a scan's label marginals are averaged on the grid
 START_SCALE = 0.3  # sd of a scan's own q(z) before its first step: the gradient hears the data before the noise
 
 
@@ -94,7 +94,7 @@ def infer_scan(
     as_encoded = learned.scan_guide is not None and amortised and refine == 0
     if not isinstance(atlas, WarpedAtlas) or recipe.shape != "prior" or encoded is not None or as_encoded:
         only = _infer_scan(learned, recipe, *scans, refine, encoded, amortised, log_u, evidence)
-        return _to_read_out(learned, recipe, _with_moved_borders(learned, recipe, only), own_voxels)
+        return _to_read_out(learned, recipe, only, own_voxels)
 
     def infer_with(prior: WarpedAtlas, strength: float) -> Inference:
         there = amortised and strength == 1
@@ -163,21 +163,17 @@ def _shared_fluid(learned: LearnedModel, recipe: Recipe) -> int | None:
     return learned.table.fluid if recipe.partial_volume and of_scans_own else None
 
 
-def _with_moved_borders(learned: LearnedModel, recipe: Recipe, found: Inference) -> Inference:
-    """With a label guide's word by which the borders that are reported move as the fit found it, where it has done so.
-
-    z, θ and the bound are of the program without.
-    """
+def _moved_borders(learned: LearnedModel, recipe: Recipe, found: Inference) -> Tensor | None:
+    """log u, (M, *grid), that moves the borders of what is reported as the fit learned it, where it did so."""
     if learned.border_shift is None or found.log_u is None:
-        return found
-    spacing = learned.grid.spacing
-    r = found.label_marginals(MARGINAL_DRAWS, recipe.power_at(math.prod(spacing)))[0]
-    shift = learned.border_shift.to(r.device)(r, learned.recipe.label_blur / min(spacing))
-    return replace(found, log_u=found.log_u + shift)
+        return found.log_u
+    r = found.label_marginals(MARGINAL_DRAWS, recipe.power_at(math.prod(learned.grid.spacing)))[0]
+    return (found.log_u + learned.border_shift.to(r.device)(r)).log_softmax(0)
 
 
 def _to_read_out(learned: LearnedModel, recipe: Recipe, found: Inference, own_voxels: OwnVoxels | None) -> Inference:
-    """With weights that depend on the place, and partial volume, where the recipe asks for it; the bound is without."""
+    """With moved borders, weights that depend on the place, and partial volume, as asked for; the bound is without."""
+    found = replace(found, log_u=_moved_borders(learned, recipe, found))
     if recipe.intensity == "shared" or not (recipe.local_blur or recipe.partial_volume):
         return found
     program, data, theta = found.program, found.data, found.posterior.theta

@@ -27,58 +27,64 @@ class BorderShift(nn.Module):
     from. Where there is no border it is 1.
 
     Args:
-        shape: (M, *grid). usual: border area over doubt of all scans, voxels.
+        shape: (M, *grid). blur: sd of the Gaussian that b is learned through, voxels.
+        usual: border area over doubt of the scans that b is learned from, voxels.
     """
 
     shift: Tensor
+    blur: Tensor
     usual: Tensor
 
-    def __init__(self, shape: Sequence[int], usual: float = 1.0) -> None:
+    def __init__(self, shape: Sequence[int], blur: float = 1.0, usual: float = 1.0) -> None:
         super().__init__()
         self.register_buffer("shift", torch.zeros(*shape))
+        self.register_buffer("blur", torch.tensor(blur))
         self.register_buffer("usual", torch.tensor(usual))
 
-    def forward(self, marginals: Tensor, blur: float) -> Tensor:
+    def forward(self, marginals: Tensor) -> Tensor:
         """b g of one scan, nats, (M, *grid).
 
         Args:
-            marginals: r, (M, *grid). blur: sd of the Gaussian that b was learned through, voxels.
+            marginals: r, (M, *grid).
         """
-        return self.shift * steepness(*borders_and_doubt(marginals), self.usual, blur / 2)
+        return self.shift * steepness(*borders_and_doubt(marginals), self.usual, float(self.blur) / 2)
+
+    def move(self, marginals: Tensor) -> Tensor:
+        """t of one scan, (M, *grid)."""
+        return _tilted(marginals, self(marginals))
 
 
-def match_location(targets: Tensor, observed: Tensor, log_location_prior: Tensor, blur: float) -> BorderShift:
-    """b so that t, the targets with their borders moved, have the location prior as their mean over scans.
+def learn_shift(marginals: Tensor, observed: Tensor, log_location_prior: Tensor, blur: float) -> BorderShift:
+    """b with which the mean of t over scans comes near the location prior.
 
     What fewer than one of n have at a place, n scans can't tell: there nothing is asked for.
 
     Args:
-        targets: r, (n, M, *grid), becomes t. observed: (n, C or 1, *grid).
+        marginals: r, (n, M, *grid). observed: (n, C or 1, *grid).
         blur: sd of the Gaussian through which the two are compared, voxels.
     """
-    location, count = log_location_prior.exp(), len(targets)
+    location, count = log_location_prior.exp(), len(marginals)
     seen = observed.any(1, keepdim=True)
     shown = seen.sum(0).to(location.dtype) + 1.0  # a scan that shows the prior itself: voxels nobody observes
-    found = [borders_and_doubt(r) for r in targets]
+    found = [borders_and_doubt(r) for r in marginals]
     area, doubt = (float(sum(part.sum() for part in parts)) for parts in zip(*found, strict=True))
-    matched = BorderShift(location.shape, max(area / max(doubt, SMALLEST), SMALLEST)).to(location.device)
-    steep = torch.stack([steepness(*of_scan, matched.usual, blur / 2) for of_scan in found])
+    learned = BorderShift(location.shape, blur, area / max(doubt, SMALLEST) if area else 1.0).to(location.device)
+    steep = [steepness(*of_scan, learned.usual, blur / 2) for of_scan in found]
 
     def smooth(volume: Tensor) -> Tensor:
         return gaussian_blur(volume.unsqueeze(0), blur)[0].clamp(min=1 / count).log()
 
-    def moved(r: Tensor, g: Tensor) -> Tensor:
-        return (r.float().clamp(min=SMALLEST).log() + matched.shift * g).softmax(0)
-
     wanted = smooth(location)
     for _ in range(STEPS):
         mean = location.clone()
-        for r, g, o in zip(targets, steep, seen, strict=True):
-            mean += moved(r, g) * o
-        matched.shift += RATE * (wanted - smooth(mean / shown))
-    for i, r in enumerate(targets):
-        targets[i] = moved(r, steep[i]).to(targets.dtype)
-    return matched
+        for r, g, o in zip(marginals, steep, seen, strict=True):
+            mean += _tilted(r, learned.shift * g) * o
+        learned.shift += RATE * (wanted - smooth(mean / shown))
+    return learned
+
+
+def _tilted(marginals: Tensor, by: Tensor) -> Tensor:
+    return (marginals.float().clamp(min=SMALLEST).log() + by).softmax(0)
 
 
 def borders_and_doubt(marginals: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -87,34 +88,61 @@ def test_without_the_network_a_model_is_what_it_was(
     assert not np.array_equal(segmented(model, study[1][0])[1], probabilities)
 
 
-def test_reported_marginals_have_the_location_prior_as_their_mean(
+def test_reported_marginals_are_those_inferred_with_their_borders_moved(
     fitted: tuple[Model, Path], study: tuple[Path, list[Path]]
 ) -> None:
-    """Nearer to it than the same model without the shift, over the scans it was learned from; the bound stays."""
-    model = fitted[0]
-    assert model.border_shift is not None and model.config["label_network"]["matched"]
-    location = model.shape_prior.log_location_prior.exp().numpy()
+    """Their mean over the scans is the mean of what the fit inferred at last, moved; the bound hears nothing of it."""
+    model, without = fitted[0], replace(fitted[0], border_shift=None)
+    assert model.border_shift is not None
+    placed = [model.place(load_scan([scan])) for scan in study[1]]
+    scans, observed = (torch.cat([one[part] for one in placed]) for part in (1, 2))
+    inferred = labels_api.infer_targets(without, scans, observed, 1).float()
+    moved = torch.stack([model.border_shift.move(r) for r in inferred])
+    results = [[one.segment(scan, draws=40, keep_probabilities=True) for scan in study[1]] for one in (model, without)]
+    mean, plain = (np.mean([one.probabilities for one in of_model], axis=0) for of_model in results)
+    error = np.abs(mean - moved.mean(0).numpy()).mean()
+    assert error < 0.3 * float((inferred - moved).mean(0).abs().mean()) and error < np.abs(mean - plain).mean()
+    assert [one.bound for one in results[0]] == [one.bound for one in results[1]]
 
-    def away(one: Model) -> float:
-        mean = np.mean([segmented(one, scan)[1] for scan in study[1]], axis=0)
-        return float(np.abs(mean.sum((1, 2, 3)) - location.sum((1, 2, 3)))[1:].sum())
 
-    without = replace(model, border_shift=None)
-    assert away(model) < away(without)
-    results = [one.segment(study[1][0], draws=4, refine=1) for one in (model, without)]
-    assert results[0].bound == results[1].bound
+def test_word_of_the_label_guide_stays_a_distribution(
+    fitted: tuple[Model, Path], study: tuple[Path, list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A number added to b at a place, all labels alike, changes nothing, `log_evidence` neither."""
+    other = replace(fitted[0], border_shift=copy.deepcopy(fitted[0].border_shift))
+    assert other.border_shift is not None
+    other.border_shift.shift += 3.0
+    first, second = (one.segment(study[1][0], draws=4, refine=1) for one in (fitted[0], other))
+    np.testing.assert_allclose(first.sample_stats["log_evidence"], second.sample_stats["log_evidence"], rtol=1e-4)
 
 
-def test_a_model_from_before_borders_were_moved_is_read(
+def test_a_warped_atlas_of_crops_has_its_borders_moved_too(study: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    maps = sorted(study[0].parent.glob("*_dseg.nii.gz"))
+    prior = learn_prior(maps, shape="warp", steps=4)
+    model = fit_scans(study[1], prior=prior, out=tmp_path / "model", steps=2, label_rounds=1)
+    assert model.border_shift is not None and load_model(tmp_path / "model").hash == model.hash
+    mine, plain = (segmented(one, study[1][0])[1] for one in (model, replace(model, border_shift=None)))
+    assert np.abs(mine - plain).max() > 1e-3
+
+
+def test_a_model_without_moved_borders_is_read(
     fitted: tuple[Model, Path], study: tuple[Path, list[Path]], tmp_path: Path
 ) -> None:
-    model = fitted[0]
-    network = {key: value for key, value in model.config["label_network"].items() if key != "matched"}
-    older = replace(model, border_shift=None, config={**model.config, "label_network": network})
+    older = replace(fitted[0], border_shift=None)
     older.save(tmp_path / "older")
     again = load_model(tmp_path / "older")
     assert again.border_shift is None and again.hash == older.hash
     assert np.array_equal(segmented(again, study[1][0])[1], segmented(older, study[1][0])[1])
+
+
+@pytest.mark.parametrize("name", ["usual", "blur"])
+def test_borders_moved_by_no_size_are_refused(fitted: tuple[Model, Path], tmp_path: Path, name: str) -> None:
+    other = copy.deepcopy(fitted[0].border_shift)
+    assert other is not None
+    getattr(other, name).zero_()
+    replace(fitted[0], border_shift=other).save(tmp_path / "m")
+    with pytest.raises(InputError, match="border_shift"):
+        load_model(tmp_path / "m")
 
 
 def test_other_units_of_intensity_change_nothing(
@@ -133,7 +161,10 @@ def test_other_units_of_intensity_change_nothing(
 
 
 def test_a_fit_killed_between_rounds_resumes_to_the_same_model(
-    fitted: tuple[Model, Path], study: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fitted: tuple[Model, Path],
+    study: tuple[Path, list[Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     infer, calls = labels_api.infer_targets, []
 

@@ -8,8 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppl_seg.inference.border_shift import BorderShift, borders_and_doubt, match_location, steepness
-from tests.inference.balls import GRID, LABELS, population
+from ppl_seg.inference.border_shift import borders_and_doubt, learn_shift, steepness
+from tests.inference.balls import LABELS, population
+
+
+def matched_to(log_location_prior: Tensor, marginals: Tensor, observed: Tensor, blur: float) -> Tensor:
+    """Each of the scans' marginals, moved as all of them say."""
+    shift = learn_shift(marginals, observed, log_location_prior, blur)
+    return torch.stack([shift.move(r) for r in marginals])
 
 
 @pytest.mark.parametrize("shift", [1, -1])
@@ -18,8 +24,7 @@ def test_targets_that_lie_beside_the_prior_are_brought_back(shift: int) -> None:
     _, observed, truth, location = population(40)
     moved = truth.roll(shift, 3).clamp(min=1e-3)
     moved = moved / moved.sum(1, keepdim=True)
-    matched = moved.clone()
-    match_location(matched, observed, location, blur=2.0)
+    matched = matched_to(location, moved, observed, 2.0)
     torch.testing.assert_close(matched.sum(1), torch.ones_like(matched[:, 0]))
     seen = observed[:, 0].any(0)
 
@@ -36,8 +41,7 @@ def test_targets_that_lie_beside_the_prior_are_brought_back(shift: int) -> None:
 def test_targets_that_agree_with_the_prior_stay() -> None:
     _, observed, truth, _ = population(40)
     mean = truth.mean(0).clamp(min=1e-4)
-    matched = truth.clone()
-    match_location(matched, observed, (mean / mean.sum(0)).log(), blur=2.0)
+    matched = matched_to((mean / mean.sum(0)).log(), truth, observed, 2.0)
     assert float((matched - truth).abs()[observed.expand_as(truth)].mean()) < 0.01
 
 
@@ -64,23 +68,22 @@ def test_steepness_is_the_slope_of_a_border() -> None:
     torch.testing.assert_close(far, torch.ones(2), rtol=0.05, atol=0.0)  # no border: as all
 
 
-def test_what_was_learned_moves_a_scan_as_it_moved_it_then() -> None:
-    """The shift of one scan, by itself, gives the target that it had among all."""
-    _, observed, truth, location = population(20)
-    moved = truth.roll(1, 3).clamp(min=1e-3)
-    matched = moved.clone()
-    shift = match_location(matched, observed, location, blur=2.0)
-    for r, t in zip(moved[:3], matched, strict=False):
-        torch.testing.assert_close((r.log() + shift(r, 2.0)).softmax(0), t, rtol=1e-5, atol=1e-6)
-    other = BorderShift(shift.shift.shape)
-    other.load_state_dict(shift.state_dict())
-    torch.testing.assert_close(other(moved[0], 2.0), shift(moved[0], 2.0))
+def test_the_usual_steepness_is_that_of_the_scans() -> None:
+    """Of scans alike each is about 1 steep, sharp or smeared."""
+    for slope in (4.0, 0.8):
+        found = borders([18.0, 20.0, 22.0], [slope] * 3)
+        seen = torch.ones(3, 1, 40, 4, 3, dtype=torch.bool)
+        shift = learn_shift(found, seen, found.mean(0).log(), blur=6.0)
+        shift.shift.fill_(1.0)
+        torch.testing.assert_close(shift(found[1])[0, 20, 2, 1], torch.tensor(1.0), rtol=0.3, atol=0.0)
 
 
-def test_without_learning_nothing_moves() -> None:
-    """A shift that was never learned is none."""
-    _, _, truth, _ = population(1)
-    assert not BorderShift((LABELS, *GRID))(truth[0], 2.0).any()
+def test_scans_without_a_border_say_nothing_of_those_with_one() -> None:
+    flat = torch.tensor([1.0, 0.0]).view(1, 2, 1, 1, 1).expand(3, -1, 40, 4, 3)
+    location = borders([20.0], [0.5])[0].log()
+    shift = learn_shift(flat, torch.ones(3, 1, 40, 4, 3, dtype=torch.bool), location, blur=6.0)
+    assert float(shift.usual) == 1.0
+    assert float(shift(borders([20.0], [2.0])[0]).abs().max()) < 100.0
 
 
 def test_matching_moves_sharp_and_smeared_borders_equally_far() -> None:
@@ -88,8 +91,7 @@ def test_matching_moves_sharp_and_smeared_borders_equally_far() -> None:
     slopes = [4.0, 4.0, 4.0, 0.8, 0.8, 0.8] * 2
     location = borders(places, [4.0] * 12).mean(0).clamp(min=1e-6).log().log_softmax(0)
     found = borders([place + 1.0 for place in places], slopes)
-    matched = found.clone()
-    match_location(matched, torch.ones(12, 1, 40, 4, 3, dtype=torch.bool), location, blur=6.0)
+    matched = matched_to(location, found, torch.ones(12, 1, 40, 4, 3, dtype=torch.bool), 6.0)
     moved = (found - matched)[:, 1].sum(1).mean((1, 2))  # voxels that a border went back, of 1
     sharp, smeared = moved[torch.tensor(slopes) == 4.0].mean(), moved[torch.tensor(slopes) == 0.8].mean()
     assert 0.6 < float(sharp) < 1.4 and 0.6 < float(smeared) < 1.4
@@ -102,6 +104,5 @@ def test_matching_asks_for_nothing_that_so_few_scans_cannot_show() -> None:
     sharp = torch.nn.functional.one_hot(truth.argmax(1), LABELS).movedim(-1, 1).clamp(1e-9, 1.0)
     location = 0.99 * sharp.mean(0)
     location[1] += 0.01  # it has been seen everywhere
-    matched = sharp.clone()
-    match_location(matched, observed, location.log(), blur=2.0)
+    matched = matched_to(location.log(), sharp, observed, 2.0)
     assert float((matched - sharp).abs()[:, :, 7:].mean()) < 1e-4  # far from all

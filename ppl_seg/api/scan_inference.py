@@ -81,7 +81,8 @@ def infer_scan(
 
     Args:
         recipe: adapted to the field of view. refine: gradient steps; None takes the recipe's.
-        encoded: q(z) in place of its inference. amortised: with the q(z|x) and the background maps of a fit.
+        encoded: q(z) in place of its inference. amortised: from the q(z|x) of a fit, and with its background maps where
+            that is not refined.
         inside: bool, (*grid), the image's field of view; None, all of the grid.
         own_voxels: from which θ is learned beside shared voxels; None, the grid's.
 
@@ -212,7 +213,9 @@ def _infer_scan(
     model = learned.program(recipe, scan.shape[1], device)
     fitted = learned.scan_guide is not None and recipe.shape == "prior"
     maps = learned.theta.log_weight_maps if fitted and amortised and learned.theta is not None else None
-    maps = None if maps is None or recipe.maps is None else maps.to(device)
+    # once z is refined with them, a scan's own background maps are better than those that all have in common
+    common = encoded is not None or refine == 0
+    maps = maps.to(device) if maps is not None and recipe.maps is not None and common else None
     program, data = model, (scan, observed)
     if evidence is not None:
         program = with_label_factor(learned.program(recipe, scan.shape[1], device))

@@ -142,8 +142,8 @@ def learn_label_network(
 def infer_targets(model: Model, scans: Tensor, observed: Tensor, seed: int) -> Tensor:
     """Label marginals of each scan, (n, M, *grid), float16.
 
-    The first time they are the mean of two inferences, one with the fit's q(z|x) and background maps and one of the
-    scan alone, from the best of the label maps' codes: where the two end in different optima, neither is right.
+    The first time they are the mean of two inferences, one from the fit's q(z|x) and one of the scan alone, from the
+    best of the label maps' codes: where the two end in different optima, neither is right.
     """
     recipe = model.recipe
     starts = (True, False) if model.label_network is None else (True,)

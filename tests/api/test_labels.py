@@ -17,6 +17,7 @@ import ppl_seg.api.labels as labels_api
 import ppl_seg.api.prior as prior_api
 from ppl_seg.api import Model, fit_scans, learn_prior, load_model
 from ppl_seg.api.output import LABELS
+from ppl_seg.api.scan_inference import infer_scan
 from ppl_seg.data.loading import load_scan
 from ppl_seg.errors import InputError
 from ppl_seg.inference.label_training import log_label_marginals
@@ -123,6 +124,19 @@ def test_a_warped_atlas_of_crops_has_its_borders_moved_too(study: tuple[Path, li
     assert model.border_shift is not None and load_model(tmp_path / "model").hash == model.hash
     mine, plain = (segmented(one, study[1][0])[1] for one in (model, replace(model, border_shift=None)))
     assert np.abs(mine - plain).max() > 1e-3
+
+
+def test_a_refined_scan_has_background_maps_of_its_own(
+    fitted: tuple[Model, Path], study: tuple[Path, list[Path]]
+) -> None:
+    """Those that the fit learned of all scans are for z as the encoder says it."""
+    model = fitted[0]
+    assert model.theta is not None and model.theta.log_weight_maps is not None
+    _, *data, _ = model.place(load_scan([study[1][0]]))
+    common, own = (infer_scan(model, model.recipe, *data, refine).posterior.theta for refine in (0, 2))
+    assert common.log_weight_maps is not None and own.log_weight_maps is not None
+    assert torch.equal(common.log_weight_maps, model.theta.log_weight_maps)
+    assert float((own.log_weight_maps.exp() - common.log_weight_maps.exp()).abs().max()) > 0.05
 
 
 def test_a_model_without_moved_borders_is_read(

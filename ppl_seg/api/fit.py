@@ -126,6 +126,8 @@ def fit_scans(
     check_view(view)
     where, watch = resolve_device(device), Stopwatch()
     model = prior if isinstance(prior, Model) else load_model(prior, trusted)
+    if not model.learned_asleep:
+        model = model.without_label_network()  # another fit's is of its own scans
     if align is not None:
         check_alignment(align)
         model = replace(model, align=align)

@@ -135,6 +135,7 @@ def learn_label_network(
         )
         model = replace(model, label_network=freeze(network.cpu()))
         rounds.append({"agreement": agreement, **log.last_terms()})
+        del targets, task  # before the next are there
         say([f"label guide, round {number} of at most {recipe.label_rounds}{as_before}"])
     return model, rounds
 

@@ -117,6 +117,11 @@ class LearnedModel:
         """Whether q(s|x) is a prior's, of scans simulated from label maps, rather than a fit's, of what it inferred."""
         return isinstance(self.label_network, AnyContrastNetwork)
 
+    def without_label_network(self) -> Self:
+        """The model without q(s|x)."""
+        config = {key: value for key, value in self.config.items() if key != "label_network"}
+        return replace(self, label_network=None, border_shift=None, config=config)
+
     def program(self, recipe: Recipe, channels: int, device: torch.device | None = None) -> SegmentationModel:
         """The probabilistic program that a recipe asks for, on this prior, frozen; on `device`, or the prior's."""
         shared = self.theta if recipe.intensity == "shared" else None

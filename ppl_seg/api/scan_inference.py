@@ -82,7 +82,7 @@ def infer_scan(
     Args:
         recipe: adapted to the field of view. refine: gradient steps; None takes the recipe's.
         encoded: q(z) in place of its inference. amortised: from the q(z|x) of a fit, and with its background maps where
-            that is not refined.
+            that is not refined, or θ is shared.
         inside: bool, (*grid), the image's field of view; None, all of the grid.
         own_voxels: from which θ is learned beside shared voxels; None, the grid's.
 
@@ -213,9 +213,11 @@ def _infer_scan(
     model = learned.program(recipe, scan.shape[1], device)
     fitted = learned.scan_guide is not None and recipe.shape == "prior"
     maps = learned.theta.log_weight_maps if fitted and amortised and learned.theta is not None else None
-    # once z is refined with them, a scan's own background maps are better than those that all have in common
-    common = encoded is not None or refine == 0
+    # once z is refined with them, a scan's own background maps are better than those that all have in common; they
+    # follow z from the second step on
+    common = encoded is not None or (recipe.refine_steps if refine is None else refine) < 2
     maps = maps.to(device) if maps is not None and recipe.maps is not None and common else None
+    learn = maps is None and recipe.maps is not None and recipe.intensity == "per-scan"
     program, data = model, (scan, observed)
     if evidence is not None:
         program = with_label_factor(learned.program(recipe, scan.shape[1], device))
@@ -232,7 +234,7 @@ def _infer_scan(
         family, raw, steps = _start(learned, recipe, refine, program, data, theta, amortised)
         if fitted and amortised and recipe.intensity == "per-scan":
             theta = _theta_at(family(raw), program, data, theta, recipe, recipe.em_iterations // 2)
-        posterior = infer(program, family, raw, *data, theta, recipe, steps, maps is None and recipe.maps is not None)
+        posterior = infer(program, family, raw, *data, theta, recipe, steps, learn)
     bound = posterior.bound(program, recipe.objective, *data)
     return Inference(posterior, program, data, model, log_u, bound, float(posterior.kl(program)[0]))
 

@@ -92,10 +92,8 @@ def learn_label_network(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(seed, 0, "label network"))
         network = build_label_network(NETWORK, model.shape_prior, model.table.class_of_label, scans.shape[1])
-    config = {**model.config, "label_network": {"network": NETWORK, "options": {}}}
-    # what was learned asleep makes room
-    config["training"] = {key: value for key, value in config["training"].items() if key != "label_guide"}
-    model = replace(model, label_network=None, border_shift=None, config=config)
+    model = model.without_label_network()  # what was learned asleep makes room
+    model = replace(model, config={**model.config, "label_network": {"network": NETWORK, "options": {}}})
     options = TrainingOptions(
         **{**training, "learning_rate": recipe.label_rate}, steps=recipe.label_steps, clip_norm=CLIP_NORM
     )
@@ -109,9 +107,8 @@ def learn_label_network(
         agreement = 0.0 if before is None else float(label_agreement(before, labels))
         as_before = f": {agreement:.3f} of the structures' voxels as before" if number > 1 else ""
         before, ended = labels, agreement >= AGREEMENT or number > recipe.label_rounds
-        shift = None
-        if recipe.label_blur:
-            shift = learn_shift(targets, observed, location.to(targets.device), recipe.label_blur / spacing)
+        blur = recipe.label_blur / spacing
+        shift = learn_shift(targets, observed, location.to(targets.device), blur) if blur else None
         if ended:
             model = replace(model, border_shift=None if shift is None else freeze(shift.cpu()))
             say([f"label guide, ended{as_before}"])

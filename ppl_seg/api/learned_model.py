@@ -118,8 +118,9 @@ class LearnedModel:
         return isinstance(self.label_network, AnyContrastNetwork)
 
     def without_label_network(self) -> Self:
-        """The model without q(s|x)."""
+        """The model without q(s|x), and what config.json says of it."""
         config = {key: value for key, value in self.config.items() if key != "label_network"}
+        config["training"] = {key: value for key, value in config["training"].items() if key != "label_guide"}
         return replace(self, label_network=None, border_shift=None, config=config)
 
     def program(self, recipe: Recipe, channels: int, device: torch.device | None = None) -> SegmentationModel:

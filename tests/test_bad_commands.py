@@ -117,6 +117,11 @@ REFUSED: list[tuple[str, Make, str]] = [
         "not a NIfTI or .mgz image (starts with b'no image'); expected .nii, .nii.gz, .mgz; 1 of 2 scans are left",
     ),
     (
+        "a label guide that nothing hears",
+        lambda f: [*fit(visits(f, "sub-1_T1w")), "--recipe", "notes", "--label-rounds", "1"],
+        "--label-rounds 1: --recipe notes hears no label guide; leave the rounds out, or choose --recipe default",
+    ),
+    (
         "evaluate onto an input",
         lambda f: [
             "evaluate",

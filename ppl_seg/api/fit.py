@@ -115,6 +115,11 @@ def fit_scans(
         raise InputError(f"--steps {steps}: expected at least 1")
     if chosen.label_rounds < 0:
         raise InputError(f"--label-rounds {chosen.label_rounds}: expected at least 0")
+    if chosen.label_rounds and not chosen.label_guide:
+        raise InputError(
+            f"--label-rounds {chosen.label_rounds}: --recipe {chosen.name} hears no label guide; leave the rounds out, "
+            "or choose --recipe default"
+        )
     if chosen.shape == "location":
         raise InputError(
             f"--recipe {chosen.name}: has no latent shape to fit; choose default or notes, or segment with it from "

@@ -130,7 +130,7 @@ class Model(LearnedModel):
                 share,
                 found.log_u,
                 chosen.power_at(own.image.voxel_volume),
-                chosen.label_share if fitting.learned_asleep else None,
+                chosen.label_share if fitting.learned_asleep else chosen.awake_share,
             )
         positions = result.labels.cpu().numpy()
         quality = label_quality(positions, result.confidence.cpu().numpy(), len(self.table))

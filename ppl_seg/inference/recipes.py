@@ -55,7 +55,7 @@ class Recipe:
         refine_steps, refine_rate: gradient steps per scan that follow the encoder.
         per_scan_steps: gradient steps per scan where there is no encoder.
         label_guide: whether q(s|x) has its say where the model has one.
-        label_share: w, of one learned asleep in the label marginals, r^(1 − w) u^w.
+        label_share: w, of one learned asleep in the label marginals, r^(1 − w) u^w. awake_share: of one learned awake.
         label_rounds: how often q(s|x) is learned from what the program infers with it, after q(z|x); 0 for no q(s|x).
         label_steps, label_batch_size, label_rate: of each round.
         label_blur: sd in mm through which the mean of its targets is matched to the location prior; 0 leaves them.
@@ -95,7 +95,8 @@ class Recipe:
     per_scan_steps: int = 30
     label_guide: bool = True
     label_share: float = 0.3
-    label_rounds: int = 2
+    awake_share: float = 0.5
+    label_rounds: int = 3
     label_steps: int = 600
     label_batch_size: int = 4
     label_rate: float = 2e-3
@@ -217,8 +218,9 @@ def changed_recipe(recipe: Recipe, name: str | None = None, **changes: Any) -> R
     ):
         if value not in known:
             raise InputError(f"{option} {value}: unknown; choose one of {', '.join(sorted(known))}")
-    if not 0 <= changed.label_share <= 1:
-        raise InputError(f"label_share {changed.label_share:g}: expected a number from 0 to 1")
+    for name_of, share in (("label_share", changed.label_share), ("awake_share", changed.awake_share)):
+        if not 0 <= share <= 1:
+            raise InputError(f"{name_of} {share:g}: expected a number from 0 to 1")
     if not changed.beta > 0:
         raise InputError(f"--likelihood-power {changed.beta:g}: expected a number above 0")
     return changed

@@ -69,7 +69,7 @@ def read_out(
     share: float = 1.0,
     log_u: Tensor | None = None,
     power: float = 1.0,
-    pooled: float | None = None,
+    label_share: float = 0.0,
 ) -> Readout:
     """Read S draws of z out.
 
@@ -85,12 +85,13 @@ def read_out(
         keep_draws, keep_marginals: keep every drawn segmentation, the label marginals.
         region: bool, (X, Y, Z), the mask: what may be something else than background; None for everything.
         share: of the usual working memory; less takes longer.
-        log_u: a label guide's, on the prior's grid, (M, *grid): r ∝ f p(x|m)^κ u where the scan is observed.
+        log_u: a label guide's, on the prior's grid, (M, *grid), or None.
         power: κ, r ∝ f p(x|m)^κ.
-        pooled: w, for r ∝ (f p(x|m)^κ)^(1 − w) u^w in its place, a logarithmic opinion pool.
+        label_share: w, r ∝ (f p(x|m)^κ)^(1 − w) u^w where the scan is observed and there is a u: a logarithmic opinion
+            pool (Genest and Zidek, Statistical Science 1986).
     """
     own, total, count = tuple(scan.shape[1:]), scan[0].numel(), model.shape_prior.num_labels
-    reader = _Reader(model, theta.detach(), scan, observed, matrix, name, log_u, power, pooled)
+    reader = _Reader(model, theta.detach(), scan, observed, matrix, name, log_u, power, label_share)
     noise = LabelNoise.draw(model.intensity.class_of_label.tolist(), len(z), spacing, scan)
     all_blocks = reader.blocks(torch.ones_like(observed[0]) if region is None else region)
     labels = torch.zeros(total, dtype=torch.int64, device=scan.device)
@@ -156,12 +157,12 @@ class _Reader:
         name: ReadoutName,
         log_u: Tensor | None,
         power: float,
-        pooled: float | None,
+        label_share: float,
     ) -> None:
         self.intensity, self.theta, self.name = model.intensity, theta, name
-        share = 0.0 if log_u is None or pooled is None else pooled
+        share = 0.0 if log_u is None else label_share
         # exponents of f, of the intensities, of the label guide
-        self.own_power, self.power, self.guide_power = 1 - share, (1 - share) * power, 1.0 if pooled is None else share
+        self.own_power, self.power, self.guide_power = 1 - share, (1 - share) * power, share
         self.own, self.shape_prior = tuple(scan.shape[1:]), model.shape_prior
         self.grid = (*model.shape_prior.grid, 1)[:3]  # a 2-D grid is one slice
         self.log_location = model.shape_prior.log_location_prior.flatten(1)

@@ -255,8 +255,8 @@ def test_a_power_tempers_what_the_scan_says() -> None:
     torch.testing.assert_close(tempered[1] - tempered[0], 0.5 * (odds[1] - odds[0]), rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("pooled", [None, 0.0, 0.3])
-def test_a_label_guide_is_multiplied_or_pooled(pooled: float | None) -> None:
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5])
+def test_a_label_guide_is_pooled(share: float) -> None:
     model, theta = program(SHAPE, False)
     scan, observed = scan_of(SHAPE)
     assert not observed.all()
@@ -275,13 +275,13 @@ def test_a_label_guide_is_multiplied_or_pooled(pooled: float | None) -> None:
     expected = []
     for draw in z.split(1):
         log_r = marginals(draw).log()
-        said = (log_r + log_u if pooled is None else (1 - pooled) * log_r + pooled * log_u).softmax(0)
+        said = ((1 - share) * log_r + share * log_u).softmax(0)
         expected.append(torch.where(observed, said, log_r.exp()))
-    together = marginals(z, log_u=log_u, pooled=pooled)
+    together = marginals(z, log_u=log_u, label_share=share)
     torch.testing.assert_close(together, torch.stack(expected).mean(0), rtol=1e-7, atol=1e-9)
-    if pooled is not None:  # where both say the same, so does the pool
-        torch.testing.assert_close(marginals(z[:1], log_u=marginals(z[:1]).log(), pooled=pooled), marginals(z[:1]))
-    if pooled == 0:
+    # where both say the same, so does the pool
+    torch.testing.assert_close(marginals(z[:1], log_u=marginals(z[:1]).log(), label_share=share), marginals(z[:1]))
+    if share == 0:
         torch.testing.assert_close(together, marginals(z))
 
 
@@ -291,9 +291,8 @@ def test_the_decoders_marginals_have_no_pool() -> None:
     z = torch.tensor([[0.3, -0.2]], dtype=torch.float64)
     log_u = torch.zeros(model.shape_prior.num_labels, *SHAPE, dtype=torch.float64)
     f = model.shape_prior.log_label_probs(z[0]).exp()
-    found = read_out(
-        model, z, theta, scan, observed, np.eye(4), SPACING, "decoder", keep_marginals=True, log_u=log_u, pooled=0.3
-    )
+    options = {"keep_marginals": True, "log_u": log_u, "label_share": 0.3}
+    found = read_out(model, z, theta, scan, observed, np.eye(4), SPACING, "decoder", **options)
     torch.testing.assert_close(found.marginals, f, rtol=1e-8, atol=1e-10)
 
 

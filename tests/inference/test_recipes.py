@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ppl_seg.inference.recipes import POWER_OF_A_CUBIC_MM, RECIPES, build_recipe, recipe_for_field
+from ppl_seg.errors import InputError
+from ppl_seg.inference.recipes import POWER_OF_A_CUBIC_MM, RECIPES, Recipe, build_recipe, recipe_for_field
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -65,3 +66,18 @@ def test_heads_alone_lose_their_bias_field_unless_asked() -> None:
     usual, always, never = (build_recipe("default", bias_field=choice) for choice in ("auto", "n4", "none"))
     assert [usual.corrects_bias_field(view) for view in ("head", "brain", "crop")] == [True, False, False]
     assert all(always.corrects_bias_field(view) and not never.corrects_bias_field(view) for view in ("head", "brain"))
+
+
+@pytest.mark.parametrize("share", ["label_share", "awake_share"])
+def test_a_share_is_a_share(share: str) -> None:
+    for value in (0.0, 1.0):
+        build_recipe("default", **{share: value})
+    for value in (-0.1, 1.1):
+        with pytest.raises(InputError, match=f"{share} {value}: expected a number from 0 to 1"):
+            build_recipe("default", **{share: value})
+
+
+def test_a_recipe_from_before_an_awake_share_is_read() -> None:
+    values = build_recipe("default").to_dict()
+    del values["awake_share"]
+    assert Recipe.from_dict(values) == build_recipe("default")

@@ -175,7 +175,8 @@ def fit(
     head: Head = False,
     steps: Steps = None,
     label_rounds: Annotated[
-        int | None, typer.Option(min=0, metavar="N", help="Rounds of the label guide; default 3, for whole brains 0.")
+        int | None,
+        typer.Option(min=0, metavar="N", help="Rounds of the label guide; default 3, for brains and heads 0."),
     ] = None,
     seed: Seed = 0,
     device: DeviceOption = Device.auto,

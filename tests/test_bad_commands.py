@@ -119,7 +119,7 @@ REFUSED: list[tuple[str, Make, str]] = [
     (
         "a label guide that nothing hears",
         lambda f: [*fit(visits(f, "sub-1_T1w")), "--recipe", "notes", "--label-rounds", "1"],
-        "--label-rounds 1: --recipe notes hears no label guide; leave the rounds out, or choose --recipe default",
+        "--label-rounds 1: --recipe notes hears no label guide; leave --label-rounds out, or choose --recipe default",
     ),
     (
         "evaluate onto an input",

@@ -117,8 +117,8 @@ def fit_scans(
         raise InputError(f"--label-rounds {chosen.label_rounds}: expected at least 0")
     if chosen.label_rounds and not chosen.label_guide:
         raise InputError(
-            f"--label-rounds {chosen.label_rounds}: --recipe {chosen.name} hears no label guide; leave the rounds out, "
-            "or choose --recipe default"
+            f"--label-rounds {chosen.label_rounds}: --recipe {chosen.name} hears no label guide; "
+            "leave --label-rounds out, or choose --recipe default"
         )
     if chosen.shape == "location":
         raise InputError(

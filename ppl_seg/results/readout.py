@@ -222,7 +222,7 @@ class _Reader:
         rest[labels] = 0.0  # it is of the labels that are not here
         others = f[~here].pow(self.own_power).sum(0)
         f = self.shape_prior.sketched_probs(sketches, rows, corners, labels)  # (L, N, G), on the corners
-        r = self._tempered(f, others, index, weight, likelihood[labels], seen)  # f p(x | label), (L, V, G)
+        r = self._tempered(f, others, index, weight, likelihood[labels], seen)  # the pool, (L, V, G)
         evidence = (r.sum(0) + rest.sum(0)[:, None]).clamp_(min=torch.finfo(r.dtype).tiny)
         r /= evidence
         if self.name == "decoder":
@@ -256,7 +256,7 @@ class _Reader:
         return r
 
     def _likelihood(self, voxels: Tensor, corners: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """p(x | label)^power, times u where there is one, of own voxels over its peak, (M, V); the peak's log, (V,)."""
+        """p(x | label)^power u^guide_power of own voxels over its peak, (M, V); the peak's log, (V,)."""
         theta = self.theta
         if theta.log_weight_maps is not None:
             maps = weighted_rows(theta.log_weight_maps[:, corners].exp().unsqueeze(-1), index, weight)

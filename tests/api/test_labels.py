@@ -91,7 +91,7 @@ def test_without_the_network_a_model_is_what_it_was(
 def test_reported_marginals_are_those_inferred_with_their_borders_moved(
     fitted: tuple[Model, Path], study: tuple[Path, list[Path]]
 ) -> None:
-    """What b moves of the fit's last marginals, to the power ½ as they are reported; the bound hears nothing of it."""
+    """b changes their mean as it changes that of the root of what the fit inferred; the bound hears nothing of it."""
     model, without = replace(fitted[0], border_shift=copy.deepcopy(fitted[0].border_shift)), fitted[0]
     without = replace(without, border_shift=None)
     assert model.border_shift is not None

@@ -163,10 +163,11 @@ PLACES = {
 }
 
 
+@pytest.mark.parametrize("guided", [False, True], ids=["", "with a label guide"])
 @pytest.mark.parametrize("small", [False, True], ids=["at once", "in pieces"])
 @pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
 def test_against_the_whole_scan_at_once(
-    place: tuple[np.ndarray, tuple[int, int, int]], small: bool, monkeypatch: pytest.MonkeyPatch
+    place: tuple[np.ndarray, tuple[int, int, int]], small: bool, guided: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Marginals, label map, entropy, evidence, counts of the drawn labels.
 
@@ -184,10 +185,14 @@ def test_against_the_whole_scan_at_once(
     region = torch.rand(own, generator=generator) > 0.1
     z = torch.randn(7, 3, generator=generator, dtype=torch.float64)
     torch.manual_seed(1)
-    r, f, evidence = slow_read_out(model, z, theta, scan, observed, matrix, region)
+    log_u, guide = None, {}
+    if guided:
+        log_u = (2 * torch.randn(5, *model.shape_prior.grid, generator=generator, dtype=torch.float64)).log_softmax(0)
+        guide = {"log_u": log_u, "label_share": 0.5}
+    r, f, evidence = slow_read_out(model, z, theta, scan, observed, matrix, region, log_u, 0.5)
+    options = {"keep_draws": True, "keep_marginals": True, "region": region, **guide}
     for name, expected in (("marginals", r), ("decoder", f)):
-        arguments = (model, z, theta, scan, observed, matrix, SPACING, name)
-        found = read_out(*arguments, keep_draws=True, keep_marginals=True, region=region)  # type: ignore[arg-type]
+        found = read_out(model, z, theta, scan, observed, matrix, SPACING, name, **options)  # type: ignore[arg-type]
         torch.testing.assert_close(found.marginals, expected, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(found.log_likelihood, evidence, rtol=1e-9, atol=1e-9)
         assert torch.equal(found.labels, expected.argmax(0))

@@ -69,7 +69,7 @@ def read_out(
     share: float = 1.0,
     log_u: Tensor | None = None,
     power: float = 1.0,
-    label_share: float = 0.0,
+    label_share: float = 0.5,
 ) -> Readout:
     """Read S draws of z out.
 

@@ -185,12 +185,11 @@ def test_against_the_whole_scan_at_once(
     region = torch.rand(own, generator=generator) > 0.1
     z = torch.randn(7, 3, generator=generator, dtype=torch.float64)
     torch.manual_seed(1)
-    log_u, guide = None, {}
+    log_u = None
     if guided:
         log_u = (2 * torch.randn(5, *model.shape_prior.grid, generator=generator, dtype=torch.float64)).log_softmax(0)
-        guide = {"log_u": log_u, "label_share": 0.5}
     r, f, evidence = slow_read_out(model, z, theta, scan, observed, matrix, region, log_u, 0.5)
-    options = {"keep_draws": True, "keep_marginals": True, "region": region, **guide}
+    options = {"keep_draws": True, "keep_marginals": True, "region": region, "log_u": log_u}
     for name, expected in (("marginals", r), ("decoder", f)):
         found = read_out(model, z, theta, scan, observed, matrix, SPACING, name, **options)  # type: ignore[arg-type]
         torch.testing.assert_close(found.marginals, expected, rtol=1e-9, atol=1e-12)

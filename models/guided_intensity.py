@@ -29,7 +29,8 @@ class GuidedIntensity(IntensityModel):
     """
 
     def __init__(self, intensity: IntensityModel) -> None:
-        super().__init__(intensity.classes, intensity.components, intensity.channels + len(intensity.classes))
+        channels = intensity.channels + len(intensity.classes)
+        super().__init__(intensity.classes, intensity.components, channels, outliers=intensity.outliers)
         self.intensity = intensity
         self.to(intensity.class_of_label.device)
 

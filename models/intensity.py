@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from .normalisation import CLIP
 from .voxels import Voxels, take
 
 SD_FLOOR = 1e-4  # of the normalised intensity range; keeps an emptied component's density finite
@@ -102,9 +103,12 @@ class IntensityModel(nn.Module):
         observed_rates: how often each label is observed where it is, (M,), or () for always: below 1 behind a brain
             mask, which is itself an observation, for what lies around the brain. Without it an atlas shrinks until the
             background, which fits any brightness, or fluid covers the outermost cortex.
+        outliers: how often a voxel of any class is as bright as anything, uniform over `normalise`'s range: lesions,
+            vessels. They say nothing of the label, and θ hears nothing of them. Cf. Van Leemput et al., IEEE TMI 2001.
 
     Raises:
-        ValueError: if classes are not 0..N-1, the background's class is not 0, or rates are not one a label.
+        ValueError: if classes are not 0..N-1, the background's class is not 0, rates are not one a label, or outliers
+            are no share below 1.
     """
 
     class_of_label: Tensor
@@ -116,6 +120,7 @@ class IntensityModel(nn.Module):
         components: Sequence[int],
         channels: int = 1,
         observed_rates: Sequence[float] = (),
+        outliers: float = 0.0,
     ) -> None:
         super().__init__()
         if class_of_label[0] != 0 or set(class_of_label) != set(range(len(components))):
@@ -128,7 +133,9 @@ class IntensityModel(nn.Module):
         self.classes, self.components = tuple(class_of_label), tuple(int(k) for k in components)
         if len(observed_rates) not in (0, len(class_of_label)):
             raise ValueError(f"expected {len(class_of_label)} observed_rates or none; found {len(observed_rates)}")
-        self.channels, self.observed_rates = channels, tuple(observed_rates)
+        if not 0 <= outliers < 1:
+            raise ValueError(f"expected outliers of 0 or more, and less than 1; found {outliers:g}")
+        self.channels, self.observed_rates, self.outliers = channels, tuple(observed_rates), outliers
         self.register_buffer("class_of_label", torch.tensor(list(class_of_label)), persistent=False)
         of_component = [n for n, k in enumerate(self.components) for _ in range(k)]
         self.register_buffer("class_of_component", torch.tensor(of_component), persistent=False)
@@ -166,7 +173,18 @@ class IntensityModel(nn.Module):
 
     def class_log_prob(self, scan: Tensor, observed: Tensor, theta: IntensityParameters) -> Tensor:
         """log p(x_j | class n), (B, N, J)."""
-        joint = self.component_log_joint(scan, observed, theta)
+        of_class = self._mixtures(self.component_log_joint(scan, observed, theta))
+        if not self.outliers:
+            return of_class
+        return torch.logaddexp(of_class + math.log1p(-self.outliers), self._log_outlier(scan, observed))
+
+    def _log_outlier(self, scan: Tensor, observed: Tensor) -> Tensor:
+        """log of how often a voxel is an outlier, and like this one in the channels that are observed, (B, 1, J)."""
+        channels = self.own(scan, observed)[1].to(scan.dtype).sum(1, keepdim=True)
+        return math.log(self.outliers) - math.log(CLIP[1] - CLIP[0]) * channels
+
+    def _mixtures(self, joint: Tensor) -> Tensor:
+        """Log density of each class' Gaussians together, (B, N, J), from `component_log_joint`'s (B, Q, J)."""
         classes = [
             joint[:, s].logsumexp(1) if k > 1 else joint[:, s.start]
             for s, k in zip(self.slices, self.components, strict=True)
@@ -200,13 +218,17 @@ class IntensityModel(nn.Module):
     def component_responsibilities(
         self, label_responsibilities: Tensor, scan: Tensor, observed: Tensor, theta: IntensityParameters
     ) -> Tensor:
-        """Label responsibilities (B, M, J) times the component posterior within each class at the old θ, (B, Q, J)."""
+        """Label responsibilities (B, M, J) times the component posterior within each class at the old θ, (B, Q, J).
+
+        Outliers belong to no component.
+        """
         of_class = self.class_sums(label_responsibilities)
         joint = self.component_log_joint(scan, observed, theta)
-        parts = [
-            of_class[:, n, None] * (joint[:, s].softmax(1) if k > 1 else torch.ones_like(joint[:, s]))
-            for n, (s, k) in enumerate(zip(self.slices, self.components, strict=True))
-        ]
+        beside = [self._log_outlier(scan, observed) - math.log1p(-self.outliers)] if self.outliers else []
+        parts = []
+        for n, (s, k) in enumerate(zip(self.slices, self.components, strict=True)):
+            own = torch.cat([joint[:, s], *beside], 1).softmax(1)[:, :k]  # 1 of a single component without outliers
+            parts.append(of_class[:, n, None] * own)
         return torch.cat(parts, 1)
 
     def m_step(

@@ -12,6 +12,7 @@ from torch.distributions import constraints
 from .draws import draw_categories
 from .intensity import IntensityModel, IntensityParameters
 from .likelihood import label_mixture_expected_log_prob, label_mixture_log_prob
+from .normalisation import CLIP
 from .voxels import EVERYWHERE, Voxels, take
 
 
@@ -106,4 +107,8 @@ def sample_intensities(labels: Tensor, theta: IntensityParameters, intensity: In
         component = torch.where(classes == n, drawn + of_class.start, component)
     rows = torch.arange(labels.shape[-2], device=labels.device)[:, None] if theta.mean.shape[0] > 1 else 0
     mean, sd = theta.mean[rows, component], theta.sd[rows, component]
-    return (mean + sd * torch.randn_like(mean)).movedim(-1, -2)
+    x = mean + sd * torch.randn_like(mean)  # (..., B, J, C)
+    if intensity.outliers:
+        anything = torch.rand(labels.shape, device=labels.device) < intensity.outliers
+        x = torch.where(anything.unsqueeze(-1), torch.empty_like(x).uniform_(*CLIP), x)
+    return x.movedim(-1, -2)

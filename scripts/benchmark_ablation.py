@@ -42,6 +42,7 @@ CHANGES: dict[str, Change] = {
     "constant background weights": lambda recipe: replace(recipe, maps=None),
     "weights are the same everywhere": lambda recipe: replace(recipe, local_blur=0.0),
     "fluid shares no voxels": lambda recipe: replace(recipe, partial_volume=False),
+    "no outliers": lambda recipe: replace(recipe, outliers=0.0),
     "everyone's template": lambda recipe: replace(recipe, fusion_power=0.0),
 }
 

@@ -103,7 +103,8 @@ def build_segmentation_model(
     num_labels = shape_prior.num_labels
     classes = list(range(num_labels)) if recipe.classes == "labels" else list(class_of_label)
     rates = recipe.observed_rates(num_labels, outer_fluid)
-    intensity = IntensityModel(classes, recipe.gaussians(max(classes) + 1, fluid), channels, rates)
+    components = recipe.gaussians(max(classes) + 1, fluid)
+    intensity = IntensityModel(classes, components, channels, rates, recipe.outliers)
     if recipe.shape == "location":
         location = shape_prior.log_location_prior.exp()
         shape_prior = build_shape_prior(location, "location", 1)

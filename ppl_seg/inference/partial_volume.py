@@ -67,7 +67,8 @@ def learn_beside_shared(
     intensity, grid = model.intensity, model.shape_prior.grid
     own = intensity.plain
     expected = expecting(model, observed, replace(pseudo, sd_share=SD_SHARE))
-    of_classes = IntensityModel(range(len(own.components)), own.components, own.channels).to(z.device)
+    of_classes = IntensityModel(range(len(own.components)), own.components, own.channels, outliers=own.outliers)
+    of_classes.to(z.device)
     own_voxels = own_voxels or OwnVoxels(*intensity.own(scan, observed), ((0.0,) * len(grid),))
     with torch.no_grad():
         everything = flatten(scan, observed)
@@ -138,7 +139,8 @@ def with_shared_voxels(
         found.append(gaussians)
     mean, sd, log_weight = (torch.cat(parts) for parts in zip(*found, strict=True))
     components = [len(gaussians[0]) for gaussians in found]
-    model = IntensityModel(intensity.classes, components, intensity.channels, intensity.observed_rates)
+    rates, outliers = intensity.observed_rates, intensity.outliers
+    model = IntensityModel(intensity.classes, components, intensity.channels, rates, outliers)
     constant = log_weight.exp().mean(1).log()
     return model.to(mean.device), IntensityParameters(mean[None], sd[None], constant[None], log_weight)
 

@@ -17,6 +17,7 @@ LOCAL_BLUR = 4.0  # mm, of brains' weights
 SHARED_STEPS, AGAIN_STEPS = 16, 20  # of heads
 STRENGTHS = (1.0, 0.5)  # of a warped atlas of brains or heads
 FUSION_BLUR = 12.0  # mm, of what is said of a label map
+OUTLIERS = 0.002  # of brains
 FUSION_POWER_OF_A_CUBIC_MM = 0.00125  # 0.01 on a grid of 2 mm
 POWER_OF_A_CUBIC_MM = 0.00625  # β of brains and heads, for each mm³ of a voxel: 0.05 on a grid of 2 mm
 
@@ -37,6 +38,7 @@ class Recipe:
         pseudo: conjugate penalty of θ. likelihood_power: β; None leaves it to `recipe_for_field`, else USUAL_POWER.
         mask_background, mask_fluid: how often background, and the fluid around a brain where it has a label, lie within
             a brain mask, see `IntensityModel`; 1: a mask says nothing of them.
+        outliers: how often a voxel's brightness says nothing of its label, see `IntensityModel`.
         local_blur: sd in mm of the Gaussian through which the weights of the structures' components follow the scan
             that is read out, see `expectation.localise`; 0 leaves them the same everywhere.
         partial_volume: whether fluid and tissue share voxels where a scan is read out, see `partial_volume`.
@@ -76,6 +78,7 @@ class Recipe:
     likelihood_power: float | None = None
     mask_background: float = 1.0
     mask_fluid: float = 1.0
+    outliers: float = 0.0
     local_blur: float = 0.0
     partial_volume: bool = False
     shared_steps: int = 0
@@ -240,7 +243,8 @@ def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float, wa
     A template is of all label maps, and few are as a scan's own would be: around each place they count by what they
     explain of it.
     How far people differ from an atlas differs: old brains further than its label maps, most others less.
-    What is left unexplained has a size in mm³, so that voxels count by theirs.
+    What is left unexplained has a size in mm³, so that voxels count by theirs. What no class explains, lesions that are
+    bright, says nothing of its label.
 
     Args:
         voxel_volume: of the prior's grid, mm³.
@@ -268,5 +272,5 @@ def recipe_for_field(recipe: Recipe, field_of_view: str, voxel_volume: float, wa
     recipe = replace(recipe, background_components=2)
     if recipe.shape == "prior":
         fusion = min(1.0, FUSION_POWER_OF_A_CUBIC_MM * voxel_volume) if warped else 0.0
-        recipe = replace(recipe, local_blur=LOCAL_BLUR, partial_volume=True, fusion_power=fusion)
+        recipe = replace(recipe, outliers=OUTLIERS, local_blur=LOCAL_BLUR, partial_volume=True, fusion_power=fusion)
     return replace(recipe, mask_background=0.2, mask_fluid=0.4) if warped else recipe

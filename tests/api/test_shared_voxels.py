@@ -54,6 +54,7 @@ def test_what_is_read_out_has_shared_voxels(brain: tuple[Model, Path], local_blu
     assert found.model.intensity.components == (background, *(k + 1 for k in others))
     assert (found.program is found.model) == (mask == 1)
     assert found.program.intensity.components == found.model.intensity.components
+    assert found.model.intensity.outliers == found.program.intensity.outliers == recipe.outliers > 0
     assert found.bound == without.bound and torch.equal(found.posterior.q.mean, without.posterior.q.mean)
     marginals = found.label_marginals(2, 1.0)
     torch.testing.assert_close(marginals.sum(1), torch.ones_like(marginals[:, 0]))

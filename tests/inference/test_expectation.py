@@ -37,14 +37,16 @@ def draws(problem: Problem, count: int = 3) -> Tensor:
 
 def bound(problem: Problem, theta: IntensityParameters, z: Tensor, factor: str) -> Tensor:
     """Mean over the draws of the exact (posterior) or Jensen (prior) log-likelihood, by loops, (B,)."""
-    arguments = (problem.scan_flat, problem.observed_flat, theta, problem.class_of_label, problem.components)
+    arguments = (problem.scan_flat, problem.observed_flat, theta, *problem.classes, problem.outliers)
     return FACTORS[factor](problem.log_f(z), slow.label_log_prob(*arguments)).mean(0)
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.2])
 @pytest.mark.parametrize("pseudo", [None, PSEUDO, SHARE], ids=["no pseudo-counts", "pseudo-counts", "share"])
 @pytest.mark.parametrize("factor", FACTORS)
-@pytest.mark.parametrize("options", [{}, {"maps": True, "mask": "channel"}], ids=["plain", "maps"])
+@pytest.mark.parametrize(
+    "options", [{}, {"maps": True, "mask": "channel"}, {"outliers": 0.05}], ids=["plain", "maps", "outliers"]
+)
 def test_em_never_lowers_its_bound(options: dict, factor: str, pseudo: PseudoCounts | None, beta: float) -> None:
     """β × mean bound over fixed draws (+ log p(θ) with pseudo-counts), scan by scan, for 12 steps."""
     problem = make_problem(grid=(5, 4), **options)

@@ -23,6 +23,7 @@ CASES = {
         (1.0, "all", False),
     ]
 }  # fmt: skip
+CASES["beta 0.3, outliers"] = (0.3, {"mask": "channel", "outliers": 0.05})
 cases = pytest.mark.parametrize(("beta", "options"), CASES.values(), ids=CASES)
 
 

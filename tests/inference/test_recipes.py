@@ -29,7 +29,9 @@ def test_brains_get_constant_background_weights() -> None:
     assert recipe.local_blur > 0 == recipe_for_field(build_recipe("location-em"), "brain", 8.0).local_blur
     shared = {field: recipe_for_field(build_recipe("default"), field, 8.0) for field in ("brain", "head", "crop")}
     assert [field for field, of_field in shared.items() if of_field.partial_volume] == ["brain", "head"]
+    assert [field for field, of_field in shared.items() if of_field.outliers] == ["brain"]
     assert not recipe_for_field(build_recipe("location-em"), "brain", 8.0).partial_volume
+    assert not recipe_for_field(build_recipe("location-em"), "brain", 8.0).outliers
     assert recipe.readout_power < 1 and recipe.beta == pytest.approx(8 * POWER_OF_A_CUBIC_MM)
     assert recipe.observed_rates(4, (2,)) == ()
     warped = recipe_for_field(recipe, "brain", 8.0, warped=True)

@@ -60,8 +60,9 @@ def test_responsibilities_are_the_product_where_something_is_observed_and_f_else
     torch.testing.assert_close(found, wanted.detach(), rtol=1e-12, atol=1e-14)
 
 
-def test_an_even_factor_changes_nothing_but_the_bound_by_a_constant() -> None:
-    problem = make_problem(mask="channel")
+@pytest.mark.parametrize("outliers", [0.0, 0.05])
+def test_an_even_factor_changes_nothing_but_the_bound_by_a_constant(outliers: float) -> None:
+    problem = make_problem(mask="channel", outliers=outliers)
     even = torch.zeros_like(label_factor(problem)).log_softmax(1)
     plain, data = problem.model(), (problem.scan, problem.observed)
     model, more = with_label_factor(problem.model()), with_log_factor(*data, even)

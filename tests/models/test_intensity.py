@@ -26,6 +26,7 @@ PROBLEMS = {
         "grid": (4, 3, 2),
     },
     "all observed": {"mask": "none"},
+    "outliers": {"outliers": 0.1, "mask": "channel"},
 }
 each_problem = pytest.mark.parametrize("options", PROBLEMS.values(), ids=PROBLEMS)
 
@@ -64,9 +65,10 @@ def test_component_responsibilities_are_those_of_the_loops(options: dict) -> Non
     problem = make_problem(**options)
     labels = label_responsibilities(problem)
     actual = problem.intensity().component_responsibilities(labels, *flat(problem))
-    arguments = (labels, *flat(problem), problem.class_of_label, problem.components)
+    arguments = (labels, *flat(problem), *problem.classes, problem.outliers)
     torch.testing.assert_close(actual, slow.component_responsibilities(*arguments), rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(actual.sum(1), torch.ones_like(actual[:, 0]), rtol=1e-12, atol=0)
+    if not problem.outliers:
+        torch.testing.assert_close(actual.sum(1), torch.ones_like(actual[:, 0]), rtol=1e-12, atol=0)
 
 
 @each_problem
@@ -254,3 +256,18 @@ def test_what_lies_around_a_brain_is_seldom_observed_behind_a_mask() -> None:
     torch.testing.assert_close(difference, expected)
     with pytest.raises(ValueError, match="observed_rates"):
         IntensityModel(classes, plain.components, plain.channels, rates[:-1])
+
+
+def test_an_outlier_says_nothing_of_its_label_and_nothing_to_theta() -> None:
+    problem = make_problem(mask="none", outliers=0.01)
+    scan, observed, theta = flat(problem)
+    labels, far = label_responsibilities(problem), scan + 100.0
+    intensity = problem.intensity()
+    ll = intensity.label_log_prob(far, observed, theta)
+    torch.testing.assert_close(ll, torch.full_like(ll, math.log(0.01 / 4)))  # of two channels, each from -0.5 to 1.5
+    assert float(intensity.component_responsibilities(labels, far, observed, theta).max()) < 1e-12
+    for share in (-0.1, 1.0):
+        with pytest.raises(ValueError, match="outliers"):
+            IntensityModel(*problem.classes, outliers=share)
+    nowhere = torch.zeros_like(observed)  # nothing is said there with outliers or without
+    torch.testing.assert_close(intensity.label_log_prob(scan, nowhere, theta), torch.zeros_like(ll))

@@ -37,15 +37,21 @@ def component_log_joint(scan: Tensor, observed: Tensor, theta: Any, b: int, q: i
 
 
 def label_log_prob(
-    scan: Tensor, observed: Tensor, theta: Any, class_of_label: Sequence[int], components: Sequence[int]
+    scan: Tensor,
+    observed: Tensor,
+    theta: Any,
+    class_of_label: Sequence[int],
+    components: Sequence[int],
+    outliers: float = 0.0,
 ) -> Tensor:
-    """(B,M,J): log p(x_j | m) = log Σ_k w_mk N(...)."""
+    """(B,M,J): log p(x_j | m) = log((1 − ε) Σ_k w_mk N(...) + ε U), U uniform from −0.5 to 1.5."""
     B, _, J = scan.shape
     rows = []
     for b, m, j in itertools.product(range(B), range(len(class_of_label)), range(J)):
         of_class = components_of_label(class_of_label, components, m)
         terms = [component_log_joint(scan, observed, theta, b, q, j) for q in of_class]
-        rows.append(torch.stack(terms).exp().sum().log())
+        uniform = 0.5 ** int(observed[b, :, j].sum())
+        rows.append(((1 - outliers) * torch.stack(terms).exp().sum() + outliers * uniform).log())
     return torch.stack(rows).reshape(B, len(class_of_label), J)
 
 
@@ -56,6 +62,7 @@ def component_responsibilities(
     theta: Any,
     class_of_label: Sequence[int],
     components: Sequence[int],
+    outliers: float = 0.0,
 ) -> Tensor:
     """(B,Q,J): sum of the class's label responsibilities times the component's posterior within the class."""
     B, M, J = label_responsibilities.shape
@@ -63,7 +70,8 @@ def component_responsibilities(
     for b, m, j in itertools.product(range(B), range(M), range(J)):
         of_class = components_of_label(class_of_label, components, m)
         joint = torch.stack([component_log_joint(scan, observed, theta, b, q, j) for q in of_class]).exp()
-        for q, share in zip(of_class, joint / joint.sum(), strict=True):
+        joint, uniform = (1 - outliers) * joint, 0.5 ** int(observed[b, :, j].sum())
+        for q, share in zip(of_class, joint / (joint.sum() + outliers * uniform), strict=True):
             out[b, q, j] += label_responsibilities[b, m, j] * share
     return out
 

@@ -46,6 +46,7 @@ class Problem:
     scan: Tensor
     observed: Tensor
     noise: Tensor
+    outliers: float = 0.0
     script: Script = field(init=False)
     guides: dict[str, Any] = field(default_factory=dict)
 
@@ -56,6 +57,11 @@ class Problem:
     @property
     def num_scans(self) -> int:
         return self.scan.shape[0]
+
+    @property
+    def classes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of the labels, and how many Gaussians each has."""
+        return self.class_of_label, self.components
 
     @property
     def scan_flat(self) -> Tensor:
@@ -85,7 +91,7 @@ class Problem:
     def intensity(self) -> Any:
         from ppl_seg.models.intensity import IntensityModel
 
-        return IntensityModel(self.class_of_label, self.components, self.scan.shape[1]).double()
+        return IntensityModel(*self.classes, self.scan.shape[1], outliers=self.outliers).double()
 
     def shape_prior(self) -> Any:
         from ppl_seg.models.shape_prior import ShapePrior
@@ -136,7 +142,8 @@ class Problem:
         return Problem(
             self.grid, self.class_of_label, self.components, self.latent_dim, self.location_prior,
             decoder=self.decoder, map_scores=self.map_scores,
-            scan=self.scan[one], observed=self.observed[one], noise=self.noise[:, one], **per_scan,
+            scan=self.scan[one], observed=self.observed[one], noise=self.noise[:, one], outliers=self.outliers,
+            **per_scan,
         )  # fmt: skip
 
     # The reference values at one draw of z.
@@ -152,8 +159,7 @@ class Problem:
 
     def label_ll(self) -> Tensor:
         """(B, M, J)."""
-        args = (self.scan_flat, self.observed_flat, self.theta(), self.class_of_label, self.components)
-        return slow.label_log_prob(*args)
+        return slow.label_log_prob(self.scan_flat, self.observed_flat, self.theta(), *self.classes, self.outliers)
 
     def sampled_kl(self, draw: int = 0) -> Tensor:
         """(B,): log q(z) − log p(z) at the draw."""
@@ -187,6 +193,7 @@ def make_problem(
     mask: str = "some",
     draws: int = 8,
     seed: int = 0,
+    outliers: float = 0.0,
 ) -> Problem:
     """A random problem.
 
@@ -219,7 +226,7 @@ def make_problem(
     leaves = [t.requires_grad_() for t in (mean, log_sd, weights)]
     return Problem(
         grid, class_of_label, components, latent_dim, location_prior, decoder, *leaves,
-        map_scores.requires_grad_() if maps else None, raw.requires_grad_(), scan, observed, noise,
+        map_scores.requires_grad_() if maps else None, raw.requires_grad_(), scan, observed, noise, outliers,
     )  # fmt: skip
 
 

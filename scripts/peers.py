@@ -14,7 +14,6 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from scipy import ndimage
 
 from ppl_seg.api.model import Model
 from ppl_seg.data.images import read_scan
@@ -72,19 +71,12 @@ def _by_ants(model: Model, scan: Path, corrected: bool) -> Values:
     mask = ants.get_mask(image, low_thresh=np.finfo(np.float32).tiny, cleanup=0)
     if corrected:
         image = ants.n4_bias_field_correction(image, mask=mask)
-    inside = mask.numpy() > 0
-    starts = np.bincount(result.probabilities.argmax(0)[inside], minlength=len(result.probabilities))
+    starts = np.bincount(result.probabilities.argmax(0)[mask.numpy() > 0], minlength=len(result.probabilities))
     kept = np.flatnonzero(starts >= FEWEST)
-    box = ndimage.find_objects(inside.astype(np.uint8))[0]  # ANTs works on all voxels it is given
-    priors = [result.probabilities[label].astype(np.float32) for label in kept]
-    image, mask, *priors = (
-        ants.from_numpy(np.ascontiguousarray(data[box]), spacing=image.spacing)
-        for data in (image.numpy(), mask.numpy(), *priors)
-    )
+    priors = [image.new_image_like(result.probabilities[label].astype(np.float32)) for label in kept]
     options = {"priorweight": PRIOR_WEIGHT, "m": SMOOTHNESS, "c": ITERATIONS}
     found = ants.atropos(a=image, x=mask, i=priors, **options)["segmentation"].numpy()
-    positions = np.zeros(inside.shape, np.int64)
-    positions[box] = np.maximum(np.rint(found).astype(np.int64) - 1, 0)  # from 1 within the mask, 0 around it
+    positions = np.maximum(np.rint(found).astype(np.int64) - 1, 0)  # from 1 within the mask, 0 around it
     return np.asarray(result.table.indices)[kept[positions]]
 
 

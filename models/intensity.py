@@ -173,23 +173,21 @@ class IntensityModel(nn.Module):
 
     def class_log_prob(self, scan: Tensor, observed: Tensor, theta: IntensityParameters) -> Tensor:
         """log p(x_j | class n), (B, N, J)."""
-        of_class = self._mixtures(self.component_log_joint(scan, observed, theta))
-        if not self.outliers:
-            return of_class
-        return torch.logaddexp(of_class + math.log1p(-self.outliers), self._log_outlier(scan, observed))
-
-    def _log_outlier(self, scan: Tensor, observed: Tensor) -> Tensor:
-        """log of how often a voxel is an outlier, and like this one in the channels that are observed, (B, 1, J)."""
-        channels = self.own(scan, observed)[1].to(scan.dtype).sum(1, keepdim=True)
-        return math.log(self.outliers) - math.log(CLIP[1] - CLIP[0]) * channels
-
-    def _mixtures(self, joint: Tensor) -> Tensor:
-        """Log density of each class' Gaussians together, (B, N, J), from `component_log_joint`'s (B, Q, J)."""
+        joint = self.component_log_joint(scan, observed, theta)
+        if self.outliers:  # they are a floor, above which nothing underflows
+            gaussians = joint.exp()
+            of_class = torch.stack([gaussians[:, s].sum(1) for s in self.slices], 1)
+            return ((1 - self.outliers) * of_class + self._outlier(scan, observed)).log()
         classes = [
             joint[:, s].logsumexp(1) if k > 1 else joint[:, s.start]
             for s, k in zip(self.slices, self.components, strict=True)
         ]
         return torch.stack(classes, 1)
+
+    def _outlier(self, scan: Tensor, observed: Tensor) -> Tensor:
+        """How often a voxel is an outlier, and like this one in the channels that are observed, (B, 1, J)."""
+        channels = self.own(scan, observed)[1].to(scan.dtype).sum(1, keepdim=True)
+        return self.outliers * (CLIP[1] - CLIP[0]) ** -channels
 
     def label_log_prob(self, scan: Tensor, observed: Tensor, theta: IntensityParameters, power: float = 1.0) -> Tensor:
         """power · ℓ_jm = power · log p(x_j | s_j = m), (B, M, J), with the label's chance of being observed."""
@@ -224,7 +222,7 @@ class IntensityModel(nn.Module):
         """
         of_class = self.class_sums(label_responsibilities)
         joint = self.component_log_joint(scan, observed, theta)
-        beside = [self._log_outlier(scan, observed) - math.log1p(-self.outliers)] if self.outliers else []
+        beside = [(self._outlier(scan, observed) / (1 - self.outliers)).log()] if self.outliers else []
         parts = []
         for n, (s, k) in enumerate(zip(self.slices, self.components, strict=True)):
             own = torch.cat([joint[:, s], *beside], 1).softmax(1)[:, :k]  # 1 of a single component without outliers

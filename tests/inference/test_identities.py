@@ -22,8 +22,7 @@ CASES = {
         (1.0, "none", False), (0.3, "some", False), (0.3, "channel", True), (2.5, "channel", False),
         (1.0, "all", False),
     ]
-}  # fmt: skip
-CASES["beta 0.3, outliers"] = (0.3, {"mask": "channel", "outliers": 0.05})
+} | {"beta 0.3, outliers": (0.3, {"mask": "channel", "outliers": 0.05})}  # fmt: skip
 cases = pytest.mark.parametrize(("beta", "options"), CASES.values(), ids=CASES)
 
 

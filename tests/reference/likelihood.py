@@ -36,6 +36,14 @@ def component_log_joint(scan: Tensor, observed: Tensor, theta: Any, b: int, q: i
     return total
 
 
+def joints(
+    scan: Tensor, observed: Tensor, theta: Any, of_class: range, outliers: float, b: int, j: int
+) -> tuple[Tensor, Tensor]:
+    """(1 − ε) w_k N(...) of a class' Gaussians, (K,), and ε U, U uniform from −0.5 to 1.5 in each channel."""
+    gaussians = torch.stack([component_log_joint(scan, observed, theta, b, q, j) for q in of_class]).exp()
+    return (1 - outliers) * gaussians, outliers * gaussians.new_tensor(0.5) ** int(observed[b, :, j].sum())
+
+
 def label_log_prob(
     scan: Tensor,
     observed: Tensor,
@@ -44,14 +52,13 @@ def label_log_prob(
     components: Sequence[int],
     outliers: float = 0.0,
 ) -> Tensor:
-    """(B,M,J): log p(x_j | m) = log((1 − ε) Σ_k w_mk N(...) + ε U), U uniform from −0.5 to 1.5."""
+    """(B,M,J): log p(x_j | m) = log((1 − ε) Σ_k w_mk N(...) + ε U)."""
     B, _, J = scan.shape
     rows = []
     for b, m, j in itertools.product(range(B), range(len(class_of_label)), range(J)):
         of_class = components_of_label(class_of_label, components, m)
-        terms = [component_log_joint(scan, observed, theta, b, q, j) for q in of_class]
-        uniform = 0.5 ** int(observed[b, :, j].sum())
-        rows.append(((1 - outliers) * torch.stack(terms).exp().sum() + outliers * uniform).log())
+        gaussians, outlier = joints(scan, observed, theta, of_class, outliers, b, j)
+        rows.append((gaussians.sum() + outlier).log())
     return torch.stack(rows).reshape(B, len(class_of_label), J)
 
 
@@ -69,9 +76,8 @@ def component_responsibilities(
     out = label_responsibilities.new_zeros(B, sum(components), J)
     for b, m, j in itertools.product(range(B), range(M), range(J)):
         of_class = components_of_label(class_of_label, components, m)
-        joint = torch.stack([component_log_joint(scan, observed, theta, b, q, j) for q in of_class]).exp()
-        joint, uniform = (1 - outliers) * joint, 0.5 ** int(observed[b, :, j].sum())
-        for q, share in zip(of_class, joint / (joint.sum() + outliers * uniform), strict=True):
+        gaussians, outlier = joints(scan, observed, theta, of_class, outliers, b, j)
+        for q, share in zip(of_class, gaussians / (gaussians.sum() + outlier), strict=True):
             out[b, q, j] += label_responsibilities[b, m, j] * share
     return out
 

@@ -199,6 +199,7 @@ def make_problem(
 
     mask: "none" (all observed), "some" (a third unobserved, in all channels alike), "channel" (per channel),
     "all" (nothing observed). maps: background weights vary over the grid, or those of all classes.
+    outliers: their share.
     """
     g = torch.Generator().manual_seed(seed)
 

@@ -109,15 +109,17 @@ class Benchmark:
         return {case.scan: self.label_map(folder, case) for case in self.cases}
 
     def segment_by_peer(self, peer: str) -> Segmented:
-        """Another tool's label maps."""
+        """Another tool's label maps: a stage a scan, since one takes minutes."""
+        found: Segmented = {}
+        for case in self.cases:
 
-        def work(part: Path) -> None:
-            model = load_model(self.prior)
-            for case in self.cases:
-                write_image(self.label_map(part, case), segment_by_peer(peer, model, case.scan), read_scan(case.scan))
+            def work(part: Path, case: Case = case) -> None:
+                values = segment_by_peer(peer, load_model(self.prior), case.scan)
+                write_image(self.label_map(part, case), values, read_scan(case.scan))
 
-        folder = self.stages.run(f"segment-{peer}", [peer], ["prior"], work)
-        return {case.scan: self.label_map(folder, case) for case in self.cases}
+            name = f"segment-{peer}-{parse_name(case.scan).stem}"
+            found[case.scan] = self.label_map(self.stages.run(name, [peer, case.scan.name], ["prior"], work), case)
+        return found
 
     def segment_row(self, row: str, best: str) -> Segmented:
         if row in BY_API:

@@ -264,21 +264,23 @@ def test_evaluate(run: Run, tmp_path: Path) -> None:
     assert (code, screen, err.count("\n")) == (2, "", 1)
 
 
-def process(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "ppl_seg", *arguments], capture_output=True, text=True)
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["segment", "--help"]])
-def test_help_is_quick(arguments: list[str]) -> None:
-    """Processor time, of which a free core makes as much wall time: the tests' other process keeps one busy."""
+def processor_seconds(*command: str) -> float:
+    """Of the quickest of three runs."""
     seconds = []
-    for _ in range(5):
+    for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = process(*arguments)
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert (done.returncode, done.stderr) == (0, "")
-    assert min(seconds) < 0.5
+    return min(seconds)
+
+
+def test_help_is_quick() -> None:
+    """A third of what torch's import takes: seconds depend on the machine, and on what else runs on it."""
+    most = processor_seconds("-c", "import torch") / 3
+    for arguments in (["--help"], ["--version"], ["segment", "--help"]):
+        assert processor_seconds("-m", "ppl_seg", *arguments) < most
 
 
 def test_help_and_bad_usage_load_nothing_heavy() -> None:
@@ -293,4 +295,5 @@ def test_help_and_bad_usage_load_nothing_heavy() -> None:
 
 
 def test_version() -> None:
-    assert process("--version").stdout == f"ppl-seg {ppl_seg.__version__}\n"
+    done = subprocess.run([sys.executable, "-m", "ppl_seg", "--version"], capture_output=True, text=True)
+    assert done.stdout == f"ppl-seg {ppl_seg.__version__}\n"

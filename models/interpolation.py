@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .voxels import EVERYWHERE
+
 Rows = tuple[Tensor, Tensor]  # index (V, T) int32 and weight (V, T): which rows of a table, and how much of each
 
 
@@ -38,25 +40,29 @@ def linear_rows(places: Tensor, shape: Sequence[int], kernels: Sequence[Sequence
     return index, weight
 
 
-def between(values: Tensor, offset: Sequence[float]) -> Tensor:
-    """Values (..., *grid) at places moved by less than a voxel along each axis, linear; beyond the edge, the edge."""
-    for axis, part in enumerate(offset, -len(offset)):
-        inner = values.shape[axis] - 1
-        here, beside = (0, 1) if part > 0 else (1, 0)
-        moved = values.clone()
-        moved.narrow(axis, here, inner).lerp_(values.narrow(axis, beside, inner), abs(part))
-        values = moved
+def between(values: Tensor, offset: Sequence[float], planes: slice = EVERYWHERE) -> Tensor:
+    """Values (..., *grid) at places moved by less than a voxel along each axis, linear; beyond the edge, the edge.
+
+    planes: across the last axis, that are wanted.
+    """
+    for axis, part in zip(range(-1, -1 - len(offset), -1), reversed(offset), strict=True):
+        places = torch.arange(values.shape[axis], device=values.device)
+        here = places[planes] if axis == -1 else places
+        beside = (here + (1 if part > 0 else -1)).clamp(0, len(places) - 1)
+        values = values.index_select(axis, here).lerp_(values.index_select(axis, beside), abs(part))
     return values
 
 
-def compact(index: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """The rows that an index into `total` rows touches, rising (N,), and the index into those."""
-    touched = torch.zeros(total, dtype=torch.bool, device=index.device)
-    touched[index.flatten().long()] = True
+def compact(index: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows that an index into rows touches, rising (N,), and the index into those."""
+    first, last = index.aminmax()
+    moved = (index - first).long()
+    touched = torch.zeros(int(last - first) + 1, dtype=torch.bool, device=index.device)
+    touched[moved.flatten()] = True
     rows = touched.nonzero()[:, 0]
-    place = torch.empty(total, dtype=torch.int32, device=index.device)
+    place = torch.empty(len(touched), dtype=torch.int32, device=index.device)
     place[rows] = torch.arange(len(rows), dtype=torch.int32, device=index.device)
-    return rows, place[index.long()]
+    return rows + first, place[moved]
 
 
 def weighted_rows(tables: Tensor, index: Tensor, weight: Tensor) -> Tensor:

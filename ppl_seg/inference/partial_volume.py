@@ -12,10 +12,10 @@ from ..models.intensity import IntensityModel, IntensityParameters, PseudoCounts
 from ..models.interpolation import between
 from ..models.segmentation import SegmentationModel
 from ..models.shape_prior import gaussian_blur
-from ..models.voxels import EVERYWHERE
+from ..models.voxels import EVERYWHERE, Voxels, put
 from .expectation import expecting, flatten, label_responsibilities
 
-PARTS = 4  # of the voxels: each step of EM takes one, in turn
+PARTS = 4  # of the grid's planes: each step of EM takes one, in turn
 BESIDE = 2.0  # mm, sd of the Gaussian through which fluid is near
 SHARED = 2.0  # how often voxels are shared, for each voxel of the other kind nearby; half of them at most
 SELDOM = 0.1  # weight of a Gaussian of fluid below which it may be of anything
@@ -71,22 +71,28 @@ def learn_beside_shared(
     of_classes.to(z.device)
     own_voxels = own_voxels or OwnVoxels(*intensity.own(scan, observed), ((0.0,) * len(grid),))
     with torch.no_grad():
-        everything = flatten(scan, observed)
+        everything, tiny = flatten(scan, observed), torch.finfo(scan.dtype).tiny
         f = label_responsibilities(model, z, scan, observed, theta, "prior")[0]
-        alone = own.class_log_prob(*intensity.own(*everything), theta)[0, own.class_of_label]
-        f = own.class_sums((f.log() + intensity.label_log_prob(*everything, theta)[0] - alone).exp()[None])
+        if intensity is not own or own.observed_rates:  # what speaks of labels beside intensities
+            alone = own.class_log_prob(*intensity.own(*everything), theta)[0, own.class_of_label]
+            f = (f.log() + intensity.label_log_prob(*everything, theta)[0] - alone).exp()
+        f = own.class_sums(f[None])
         f = f[0].unflatten(-1, grid)
+        voxels = torch.arange(f[0].numel(), device=f.device).view(grid)
         for step in range(steps):
-            part, observed_part, offset = own_voxels.part(step)
-            flat, seen = flatten(part.to(z.device), observed_part.to(z.device))
-            log_f = between(f, offset).flatten(1).clamp(min=torch.finfo(f.dtype).tiny).log()
+            *own_part, offset = own_voxels.part(step)
+            part, observed_part = (values.to(z.device) for values in own_part)
             if step == 0:
-                r = (log_f + of_classes.label_log_prob(flat, seen, theta)[0]).softmax(0)
-            some = slice(step % PARTS, None, PARTS)
-            flat, seen = flat[..., some], seen[..., some]
+                log_f = between(f, offset).flatten(1).clamp(min=tiny).log()
+                r = (log_f + of_classes.label_log_prob(*flatten(part, observed_part), theta)[0]).softmax(0)
+            planes = slice(step % PARTS, None, PARTS)
+            some = voxels[..., planes].flatten()
+            flat, seen = flatten(part, observed_part, some)
+            log_f = between(f, offset, planes).flatten(1).clamp(min=tiny).log()
             shared, of_shared = with_shared_voxels(of_classes, theta, r, fluid, grid, blur, some)
-            r[:, some] = (log_f[:, some] + shared.label_log_prob(flat, seen, of_shared)[0]).softmax(0)
-            of_component = shared.component_responsibilities(r[None, :, some], flat, seen, of_shared)
+            new = (log_f + shared.label_log_prob(flat, seen, of_shared)[0]).softmax(0)
+            put(r, some, new)
+            of_component = shared.component_responsibilities(new[None], flat, seen, of_shared)
             pure = [s.start + k for s, size in zip(shared.slices, own.components, strict=True) for k in range(size)]
             theta = own.m_step(of_component[:, pure], flat, seen, theta, expected, PARTS * model.likelihood_power)
     return theta
@@ -99,7 +105,7 @@ def with_shared_voxels(
     fluid: int,
     grid: tuple[int, ...],
     blur: float,
-    voxels: slice = EVERYWHERE,
+    voxels: Voxels = EVERYWHERE,
 ) -> tuple[IntensityModel, IntensityParameters]:
     """p(x|s) of one scan in which fluid and every tissue have voxels that the other shares.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,7 +24,9 @@ from .objectives import OBJECTIVES, build_objective
 from .recipes import Recipe
 from .training_options import LARGE_GRID
 
-EVERY = 4  # voxels of large grids: one of them stands for all in a step, in turn; neighbours say nearly the same
+# of large grids a step takes a part of the voxels, in turn; neighbours say nearly the same
+PARTS, PART = 4, 65_536  # so many at least, each of so many voxels at most
+_REACH = 4  # voxels along each axis within which two of a part are looked for
 
 
 def factor_of(objective: str) -> Factor:
@@ -46,21 +50,61 @@ class Posterior:
         return drawn
 
     def bound(self, model: SegmentationModel, objective: str, scan: Tensor, observed: Tensor, draws: int = 8) -> float:
-        """The objective's bound of the batch at this posterior, nats, from a few draws of z."""
+        """The objective's bound of the batch at this posterior, nats, from a few draws of z.
+
+        On large grids each draw hears a part of the voxels, all of them together every voxel: a draw is off by about
+        as much everywhere, so that this says as much as all voxels under each.
+        """
 
         def guide(*_: Any) -> None:
             with pyro.plate("scans", scan.shape[0], dim=-1):
                 pyro.sample("z", self.q)
 
         elbo = build_objective(objective)
+        parts = draws if parts_of(model, elbo, observed) > 1 else 1
+        total = 0.0
         with torch.no_grad():  # a draw at a time: many label scores of a whole brain at once take gigabytes
-            losses = [float(elbo.loss(model, guide, scan, observed, self.theta)) for _ in range(draws)]
-        return -sum(losses) / draws
+            for draw in range(draws):
+                total -= float(elbo.loss(_hearing(model, part_of(parts, draw)), guide, scan, observed, self.theta))
+        return total / draws
 
     def kl(self, model: SegmentationModel) -> Tensor:
         """KL(q ‖ p), (B,)."""
         with torch.no_grad():
             return kl_to_prior(self.q, model.shape_prior.prior())
+
+
+def parts_of(model: SegmentationModel, objective: Any, observed: Tensor) -> int:
+    """How many parts of the observed voxels, (B, C, *grid), take turns in this program's objective; 1: it hears all."""
+    grid = model.shape_prior.grid
+    if math.prod(grid) <= LARGE_GRID or model.form != "collapsed" or not getattr(objective, "by_parts", True):
+        return 1
+    seen = int(observed.flatten(2).flatten(0, 1).any(0).sum())
+    return evenly(grid, max(PARTS, -(-seen // PART)))
+
+
+def part_of(parts: int, turn: int) -> slice | None:
+    """The part whose turn it is, as the program takes it; None for all."""
+    return slice(turn % parts, None, parts) if parts > 1 else None
+
+
+def evenly(grid: tuple[int, ...], fewest: int) -> int:
+    """The stride through a grid's voxels, `fewest` or up to half more, that leaves them farthest from each other.
+
+    A stride that divides the last axis takes planes.
+    """
+    offsets = [offset for offset in itertools.product(range(-_REACH, _REACH + 1), repeat=len(grid)) if any(offset)]
+    rows = [math.prod(grid[axis + 1 :]) for axis in range(len(grid))]
+
+    def nearest(stride: int) -> int:
+        taken = (offset for offset in offsets if sum(map(operator.mul, offset, rows)) % stride == 0)
+        return min((sum(step * step for step in offset) for offset in taken), default=_REACH**2)
+
+    return max(range(fewest, fewest * 3 // 2 + 1), key=nearest)
+
+
+def _hearing(model: Any, part: slice | None) -> Any:
+    return model if part is None else partial(model, part=part)
 
 
 def start_theta(
@@ -71,8 +115,10 @@ def start_theta(
     theta = initial_theta(model.intensity, location, *model.intensity.own(scan, observed)).with_maps(maps)
     factor = factor_of(recipe.objective)
     learn = maps is None and recipe.maps is not None
-    for iteration in range(recipe.em_iterations * (2 if learn else 1)):
-        theta, background = update_theta(model, None, scan, observed, theta, factor, recipe.pseudo)
+    parts = 1 if learn else parts_of(model, build_objective(recipe.objective), observed)
+    for iteration in range(steps := recipe.em_iterations * (2 if learn else 1)):
+        part = part_of(parts, iteration) if iteration + 1 < steps else None
+        theta, background = update_theta(model, None, scan, observed, theta, factor, recipe.pseudo, part)
         if learn and iteration >= recipe.em_iterations and recipe.maps is not None:
             theta = theta.with_maps(weight_maps(background, model.shape_prior.grid, recipe.maps))
     return theta
@@ -136,24 +182,20 @@ def infer(
     objective = build_objective(recipe.objective)
     optimizer = torch.optim.Adam([guide.raw], lr=recipe.refine_rate, betas=(0.8, 0.95))
     factor = factor_of(recipe.objective)
-    large = math.prod(model.shape_prior.grid) > LARGE_GRID and model.form == "collapsed"
-    in_parts = large and getattr(objective, "by_parts", True) and not learn_maps  # maps need every voxel
+    parts = 1 if learn_maps else parts_of(model, objective, observed)  # maps need every voxel
     with pyro.get_param_store().scope():
         for step in range(steps):
             for group in optimizer.param_groups:  # down to a tenth: the last steps settle
                 group["lr"] = recipe.refine_rate * (1 - 0.9 * step / steps)
             optimizer.zero_grad()
-            program: Any = model
-            if in_parts:
-                program = partial(program, part=slice(step % EVERY, None, EVERY))
-            loss = objective.differentiable_loss(program, guide, scan, observed, theta)
+            loss = objective.differentiable_loss(_hearing(model, part_of(parts, step)), guide, scan, observed, theta)
             loss.backward()
             optimizer.step()
             bounds.append(-float(loss.detach()) / len(scan))
             if recipe.intensity == "per-scan" and step % 2 == 1:
                 with torch.no_grad():
                     z = guide.posterior().sample((2,))
-                part = slice(step // 2 % EVERY, None, EVERY) if in_parts and step + 2 < steps else None  # at last, all
+                part = part_of(parts, step // 2) if step + 2 < steps else None  # at last, all
                 theta, background = update_theta(model, z, scan, observed, theta, factor, recipe.pseudo, part)
                 if learn_maps and recipe.maps is not None:
                     theta = theta.with_maps(weight_maps(background, model.shape_prior.grid, recipe.maps))

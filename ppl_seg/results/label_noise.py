@@ -97,6 +97,8 @@ class LabelNoise:
             r: marginals, (L, V, G). labels: whose, (L,), rising; no other label is drawn.
             places: (V, 3), on the prior's grid, voxels.
         """
+        if len(labels) == 1:  # no race
+            return torch.full(r.shape[1:], labels[0], device=r.device)
         of_label = dict(zip(labels, r, strict=True))
         best, drawn = r.new_zeros(r.shape[1:]), torch.zeros(r.shape[1:], dtype=torch.int64, device=r.device)
         for number, members in enumerate(self.members):  # one after another: a class' numbers stay in cache

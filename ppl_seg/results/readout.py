@@ -32,7 +32,7 @@ GROUP = 20 * 2**20  # numbers: labels × voxels of a block × draws that are rea
 SKETCHES = 2**27  # numbers: what the prior says of those draws, as it computes it
 RARE, USUAL = 1e-3, 10  # a label less probable in all of a block, over so many draws, is drawn nowhere there
 FEWEST_BLOCKS = 64  # from which threads are worth their start
-SLAB = 2**27  # numbers: label marginals that are summed at a time; each slab of voxels decodes the draws anew
+SLAB = 2**28  # numbers: label marginals that are summed at a time; each slab of voxels decodes the draws anew
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class _Reader:
         places = positions(voxels, self.own, self.to_grid)
         index, weight = linear_rows(places, self.grid, self.kernels)
         weight = weight.to(sums.dtype)
-        corners, index = compact(index, self.log_location.shape[1])
+        corners, index = compact(index)
         rows = torch.searchsorted(source.voxels, corners)
         likelihood, peak = self._likelihood(voxels, corners, index, weight)
         seen = self.observed[:, voxels].any(0)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from pyro import distributions as dist
+from scipy.spatial import cKDTree
 
 from ppl_seg.guides.families import build_family
 from ppl_seg.inference import posterior
 from ppl_seg.inference.objectives import OBJECTIVES, Marginal
+from ppl_seg.inference.posterior import Posterior
 from ppl_seg.inference.recipes import build_recipe
 from ppl_seg.models.intensity import IntensityParameters
 from ppl_seg.models.segmentation import SegmentationModel
@@ -54,11 +59,49 @@ class OfUsers(Marginal):
         return loss
 
 
-@pytest.mark.parametrize(("name", "parts"), [("mine:OfUsers", [0, 1, 2, 3] * 2), ("iwae", [None] * 8)])
+@pytest.mark.parametrize("grid", [(16, 12, 8), (10, 9, 13), (24, 20)])
+@pytest.mark.parametrize("fewest", [4, 9])
+def test_voxels_of_a_part_lie_far_from_each_other(grid: tuple[int, ...], fewest: int) -> None:
+    places = torch.cartesian_prod(*[torch.arange(n) for n in grid]).double().numpy()
+
+    def nearest(stride: int) -> float:
+        some = places[::stride]
+        return float(cKDTree(some).query(some, k=2)[0][:, 1].min())
+
+    strides = range(fewest, fewest * 3 // 2 + 1)
+    assert nearest(posterior.evenly(grid, fewest)) == max(map(nearest, strides))
+
+
+def test_parts_hold_so_many_voxels_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_problem(grid=GRID)
+    words = (problem.model(), Marginal(), problem.observed)
+    assert posterior.parts_of(*words) == 1
+    monkeypatch.setattr(posterior, "LARGE_GRID", 0)
+    assert posterior.parts_of(*words) == posterior.evenly(GRID, posterior.PARTS)
+    monkeypatch.setattr(posterior, "PART", 20)
+    seen = int(problem.observed.flatten(2).any(0).any(0).sum())
+    assert -(-seen // 20) <= posterior.parts_of(*words) <= -(-seen // 20) * 3 // 2
+
+
+def test_all_parts_together_have_the_whole_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all draws are the same, each voxel counts once; the parts alone differ."""
+    problem = make_problem(grid=GRID, mask="channel")
+    model, z = problem.model(beta=0.2), torch.randn(problem.num_scans, problem.latent_dim, dtype=torch.float64)
+    found = Posterior(dist.Normal(z, 1e-12).to_event(1), problem.theta().detach())
+    words = (model, "marginal", problem.scan, problem.observed)
+    whole = found.bound(*words)
+    monkeypatch.setattr(posterior, "LARGE_GRID", 0)
+    assert found.bound(*words) == pytest.approx(whole, rel=1e-9)
+    one_part = partial(model, part=slice(0, None, 8))
+    monkeypatch.setattr(posterior, "_hearing", lambda *_: one_part)
+    assert found.bound(*words) != pytest.approx(whole, rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "in_parts"), [("mine:OfUsers", True), ("iwae", False)])
 def test_who_hears_parts_of_the_voxels(
-    name: str, parts: list[int | None], registries: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+    name: str, in_parts: bool, registries: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Any objective of the program's arguments, but one whose mean over parts is not the whole; EM hears all parts."""
+    """Any objective of the program's arguments, but one whose mean over parts is not the whole; EM ends with all."""
     OBJECTIVES["mine:OfUsers"] = OfUsers
     monkeypatch.setattr(posterior, "LARGE_GRID", 0)
     problem = make_problem(grid=GRID, draws=64)
@@ -79,5 +122,9 @@ def test_who_hears_parts_of_the_voxels(
     raw = torch.zeros(problem.num_scans, family.num_parameters, dtype=torch.float64)
     recipe = build_recipe("default", objective=name)
     posterior.infer(model, family, raw, problem.scan, problem.observed, problem.theta().detach(), recipe, 8)
-    assert heard == parts
-    assert updated == ([0, 1, 2, None] if parts[0] == 0 else [None] * 4)
+    parts = posterior.evenly(GRID, posterior.PARTS)
+    assert heard == [step % parts if in_parts else None for step in range(8)]
+    assert updated == ([0, 1, 2, None] if in_parts else [None] * 4)
+    updated.clear()
+    posterior.start_theta(model, problem.scan, problem.observed, replace(recipe, maps=None, em_iterations=3))
+    assert updated == ([0, 1, None] if in_parts else [None] * 3)

@@ -77,17 +77,24 @@ class LabelPrior(nn.Module, ABC):
         return take(self.label_scores(z).flatten(-len(self.grid)), voxels)
 
     @abstractmethod
-    def sketch(self, z: Tensor, voxels: Voxels) -> Tensor:
-        """What `sketched_probs` makes f of at any of these voxels (n,), in few numbers, (..., K, ...)."""
+    def sketch(self, z: Tensor) -> Tensor:
+        """What `sketched_probs` makes f of at any voxel, (..., K, *coarse grid), few numbers beside f's."""
 
     @abstractmethod
-    def sketched_probs(self, sketches: Tensor, rows: Tensor, voxels: Tensor, labels: Tensor) -> Tensor:
+    def sketched_probs(self, sketches: Tensor, voxels: Tensor, labels: Tensor) -> Tensor:
         """f of some labels at some voxels, (L, N, G).
 
         Args:
-            sketches: of G draws, (K, ..., G). voxels: flat, (N,). rows: where they are among those sketched, (N,).
-            labels: positions, (L,).
+            sketches: of G draws, (K, *coarse grid, G). voxels: flat, (N,). labels: positions, (L,).
         """
+
+    def at_voxels(self, sketches: Tensor, voxels: Tensor) -> Tensor:
+        """Sketches (K, *coarse grid, G) at voxels (N,) of the grid, interpolated as `enlarge` does: (K, N, G)."""
+        coarse = sketches.shape[1:-1]
+        ratio = torch.tensor([c / n for c, n in zip(coarse, self.grid, strict=True)], dtype=torch.float64)
+        places = unravel(voxels, self.grid).double()
+        index, weight = linear_rows((places + 0.5) * ratio.to(places.device) - 0.5, coarse)
+        return weighted_rows(sketches.flatten(1, -2), index, weight.to(sketches.dtype))
 
     def label_logits(self, z: Tensor, lattice: Lattice | None = None) -> Tensor:
         """a = scores + log p_loc, (..., M, *grid), or on the lattice's voxels alone."""
@@ -132,17 +139,13 @@ class ShapePrior(LabelPrior):
         scores: Tensor = self.decoder(self.latent_loc + z @ self.latent_scale_tril.T)
         return scores
 
-    def sketch(self, z: Tensor, voxels: Voxels) -> Tensor:
+    def sketch(self, z: Tensor) -> Tensor:
         """The scores before they are interpolated, (..., M, *coarse grid)."""
         return self._coarse_scores(z)
 
-    def sketched_probs(self, sketches: Tensor, rows: Tensor, voxels: Tensor, labels: Tensor) -> Tensor:
-        """As a prior's; scores are interpolated as `enlarge` does."""
-        coarse = sketches.shape[1:-1]
-        ratio = torch.tensor([c / n for c, n in zip(coarse, self.grid, strict=True)], dtype=torch.float64)
-        places = unravel(voxels, self.grid).double()
-        index, weight = linear_rows((places + 0.5) * ratio.to(places.device) - 0.5, coarse)
-        scores = weighted_rows(sketches.flatten(1, -2), index, weight.to(sketches.dtype))
+    def sketched_probs(self, sketches: Tensor, voxels: Tensor, labels: Tensor) -> Tensor:
+        """As a prior's."""
+        scores = self.at_voxels(sketches, voxels)
         scores += self.log_location_prior.flatten(1)[:, voxels, None]
         scores -= scores.amax(0)
         scores.exp_()

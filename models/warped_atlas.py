@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .decoders import Lattice, enlarge
+from .interpolation import unravel
 from .shape_prior import LabelPrior, gaussian_blur
 from .voxels import EVERYWHERE, Voxels
 
@@ -121,6 +122,10 @@ class WarpedAtlas(LabelPrior):
 
     def displacement(self, z: Tensor) -> Tensor:
         """φ_z(j) − j in voxels, (..., d, *grid), of z (..., D); φ_z⁻¹ is that of −z."""
+        return enlarge(self.flow(z), self.grid)
+
+    def flow(self, z: Tensor) -> Tensor:
+        """`displacement` on every other voxel, where it is computed, (..., d, *flow grid)."""
         dims = len(self.grid)
         flow = self._transformed(self.coefficients(z.reshape(-1, z.shape[-1])), "synthesis", back=True)
         flow = flow / 2**SQUARINGS
@@ -131,8 +136,7 @@ class WarpedAtlas(LabelPrior):
         for _ in range(SQUARINGS):
             there = (identity + flow * scale).flip(1).movedim(1, -1)
             flow = flow + functional.grid_sample(flow, there, padding_mode="border", align_corners=False)
-        displaced = enlarge(flow, self.grid)
-        return displaced.view(*z.shape[:-1], *displaced.shape[1:])
+        return flow.view(*z.shape[:-1], *flow.shape[1:])
 
     def places(self, z: Tensor, voxels: Voxels) -> Tensor:
         """φ_z(j) of some voxels j, (..., d, n)."""
@@ -145,19 +149,21 @@ class WarpedAtlas(LabelPrior):
         scores = warped.clamp(min=FLOOR).log().sub_(self.log_location_prior.flatten(1)[:, voxels])
         return scores.view(*z.shape[:-1], *scores.shape[1:])
 
-    def sketch(self, z: Tensor, voxels: Voxels) -> Tensor:
-        """φ_z(j) of the voxels, (..., d, n)."""
-        return self.places(z, voxels)
+    def sketch(self, z: Tensor) -> Tensor:
+        """The flow, (..., d, *flow grid)."""
+        return self.flow(z)
 
-    def sketched_probs(self, sketches: Tensor, rows: Tensor, voxels: Tensor, labels: Tensor) -> Tensor:
+    def sketched_probs(self, sketches: Tensor, voxels: Tensor, labels: Tensor) -> Tensor:
         """As a prior's; neighbouring voxels come from a small part of the atlas."""
-        places = sketches[:, rows].flatten(1)
+        places = self.at_voxels(sketches, voxels)
+        places += unravel(voxels, self.grid).mT.unsqueeze(-1)
+        places = places.flatten(1)
         edge = torch.tensor(self.grid, dtype=places.dtype, device=places.device)[:, None] - 1
         places.clamp_(min=0).clamp_(max=edge)
         low, high = places.amin(1).floor(), places.amax(1).ceil()
         box = [slice(int(first), int(last) + 1) for first, last in zip(low, high, strict=True)]
         part = self._probabilities()[(slice(None), *box)][labels]
-        return self._sampled(part[None], (places - low[:, None])[None]).view(len(labels), len(rows), -1)
+        return self._sampled(part[None], (places - low[:, None])[None]).view(len(labels), len(voxels), -1)
 
     def on_template(self, volumes: Tensor, z: Tensor) -> Tensor:
         """What a scan of deformation z (D,) has on the grid, (C, *grid), where the template has it."""

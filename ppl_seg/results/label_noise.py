@@ -91,16 +91,16 @@ class LabelNoise:
         return cls(members, *noises)
 
     def winners(self, draws: slice, r: Tensor, labels: Sequence[int], places: Tensor) -> Tensor:
-        """The labels of some draws, (V, G) int64.
+        """The labels of some draws, (V, G) int16.
 
         Args:
             r: marginals, (L, V, G). labels: whose, (L,), rising; no other label is drawn.
             places: (V, 3), on the prior's grid, voxels.
         """
         if len(labels) == 1:  # no race
-            return torch.full(r.shape[1:], labels[0], device=r.device)
+            return torch.full(r.shape[1:], labels[0], dtype=torch.int16, device=r.device)
         of_label = dict(zip(labels, r, strict=True))
-        best, drawn = r.new_zeros(r.shape[1:]), torch.zeros(r.shape[1:], dtype=torch.int64, device=r.device)
+        best, drawn = r.new_zeros(r.shape[1:]), torch.zeros(r.shape[1:], dtype=torch.int16, device=r.device)
         for number, members in enumerate(self.members):  # one after another: a class' numbers stay in cache
             here = {label: of_label[label] for label in members if label in of_label}
             if not here:
@@ -115,10 +115,10 @@ class LabelNoise:
         """r of some labels together, (V, G), and which of them it is, (V, G), or () where it is the only one."""
         first, *others = r
         if not others:
-            return r[first], torch.tensor(first, device=places.device)
+            return r[first], torch.tensor(first, dtype=torch.int16, device=places.device)
         total = torch.stack(list(r.values())).sum(0)
         best = torch.zeros_like(total)
-        drawn = torch.full(total.shape, first, device=places.device)
+        drawn = torch.full(total.shape, first, dtype=torch.int16, device=places.device)
         for label, of_label in r.items():
             score = of_label / self.of_labels.at(places, label, draws)
             drawn.masked_fill_(score > best, label)

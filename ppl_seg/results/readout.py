@@ -28,7 +28,7 @@ from ppl_seg.results.label_noise import LabelNoise
 ReadoutName = Literal["marginals", "decoder"]
 Run = Callable[..., Iterator[Any]]  # `map`, or that of a pool of threads
 Draw = Callable[[Tensor, Sequence[int], Tensor], Tensor]
-GROUP = 20 * 2**20  # numbers: labels × voxels of a block × draws that are read together; few labels are in a block
+GROUP = 2**26  # numbers: labels × voxels of a block × draws that are read together; few labels are in a block
 SKETCHES = 2**27  # numbers: what the prior says of those draws, as it computes it
 RARE, USUAL = 1e-3, 10  # a label less probable in all of a block, over so many draws, is drawn nowhere there
 FEWEST_BLOCKS = 64  # from which threads are worth their start
@@ -103,13 +103,14 @@ def read_out(
     marginals = scan.new_zeros(count, total) if keep_marginals else None
     if marginals is not None:
         marginals[0] = 1.0
+    groups, sketched = _groups(model.shape_prior, z, share), _Sketches(model.shape_prior, z)
     with torch.no_grad(), _workers(scan.device, len(all_blocks)) as run:
         for together in _slabs(all_blocks, int(share * SLAB) // count):
             sums = [scan.new_zeros(count, len(voxels)) for voxels in together]
             wanted = reader.touched(together)
             source = _Source(wanted, _usual(model.shape_prior, z, wanted))
-            for first, sketches in _sketched(model.shape_prior, z, wanted, share, run):
-                some = slice(first, first + sketches.shape[-1])
+            for some in groups:
+                sketches = sketched(some, run)
                 draw = partial(noise.winners, some)
                 read = partial(reader.read, source, sketches, draw, None if draws is None else draws[some])
                 for drawn, evidence in run(read, together, sums):
@@ -200,7 +201,7 @@ class _Reader:
         """Read one block for a group of G draws.
 
         Args:
-            source: of this block and others. sketches: of the draws there, as `_sketched` has them.
+            source: of this block and others. sketches: of the draws, as `_Sketches` has them.
             draw: labels (V, G), of r, its rows' labels, and places. draws: (G, J), to be filled, or None.
             voxels: flat indices (V,). sums: (M, V), to which marginals are added.
 
@@ -221,7 +222,7 @@ class _Reader:
         labels = here.nonzero()[:, 0]
         rest[labels] = 0.0  # it is of the labels that are not here
         others = f[~here].pow(self.own_power).sum(0)
-        f = self.shape_prior.sketched_probs(sketches, rows, corners, labels)  # (L, N, G), on the corners
+        f = self.shape_prior.sketched_probs(sketches, corners, labels)  # (L, N, G), on the corners
         r = self._tempered(f, others, index, weight, likelihood[labels], seen)  # the pool, (L, V, G)
         evidence = (r.sum(0) + rest.sum(0)[:, None]).clamp_(min=torch.finfo(r.dtype).tiny)
         r /= evidence
@@ -233,7 +234,7 @@ class _Reader:
         drawn = draw(r, labels.tolist(), places.to(r.dtype))
         if draws is not None:
             draws[:, voxels] = drawn.T.to(draws.dtype)
-        drawn += count * torch.arange(group, device=drawn.device)
+        drawn = drawn + count * torch.arange(group, dtype=torch.int32, device=drawn.device)
         counts = torch.bincount(drawn.flatten(), minlength=count * group).view(group, count)
         log_likelihood = (evidence.log_() + peak.unsqueeze(-1))[seen].sum(0, dtype=torch.float64)
         return counts.cpu(), log_likelihood.cpu()
@@ -280,27 +281,37 @@ def _usual(shape: LabelPrior, z: Tensor, wanted: Tensor) -> Tensor:
     return total / len(chosen)
 
 
-def _sketched(shape: LabelPrior, z: Tensor, wanted: Tensor, share: float, run: Run) -> Iterator[tuple[int, Tensor]]:
-    """What the prior sketches of a group of G draws, (K, ..., G), and its first draw.
+def _groups(shape: LabelPrior, z: Tensor, share: float) -> list[slice]:
+    """The draws that are read together."""
+    with torch.no_grad():
+        numbers = shape.sketch(z[:1]).numel()
+    size = max(1, min(GROUP // (BLOCK * shape.num_labels), int(share * SKETCHES) // numbers))
+    return [slice(first, min(first + size, len(z))) for first in range(0, len(z), size)]
 
-    wanted: voxels of the prior's grid, flat, that are read.
-    """
 
-    def sketch(one: Tensor) -> Tensor:
+@dataclass
+class _Sketches:
+    """What the prior sketches of a group of G draws, (K, *coarse grid, G). The last group's are kept."""
+
+    shape: LabelPrior
+    z: Tensor
+    kept: tuple[slice, Tensor] | None = None
+
+    def __call__(self, some: slice, run: Run) -> Tensor:
+        if self.kept is None or self.kept[0] != some:
+            self.kept, z = None, self.z[some]
+            sketches = z.new_empty(0)
+            for start in range(0, len(z), 8):  # turned round eight at a time
+                parts = torch.cat(list(run(self._sketch, z[start : start + 8].split(self.shape.at_once))))
+                if not start:
+                    sketches = z.new_empty(*parts.shape[1:], len(z))
+                sketches[..., start : start + 8] = parts.movedim(0, -1)
+            self.kept = (some, sketches)
+        return self.kept[1]
+
+    def _sketch(self, one: Tensor) -> Tensor:
         with torch.no_grad():  # the other threads know nothing of this one's
-            return shape.sketch(one, wanted)
-
-    probe = sketch(z[:1])
-    group = max(1, min(GROUP // (BLOCK * shape.num_labels), int(share * SKETCHES) // probe.numel()))
-    for first in range(0, len(z), group):
-        some = z[first : first + group]
-        sketches = probe.new_empty(*probe.shape[1:], len(some))
-        for start in range(0, len(some), 8):
-            # turned round eight at a time
-            parts = list(run(sketch, some[start : start + 8].split(shape.at_once)))
-            sketches[..., start : start + 8] = torch.cat(parts).movedim(0, -1)
-        yield first, sketches
-        del sketches
+            return self.shape.sketch(one)
 
 
 def _slabs(all_blocks: list[Tensor], size: int) -> Iterator[list[Tensor]]:

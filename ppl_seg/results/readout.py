@@ -32,7 +32,7 @@ GROUP = 2**26  # numbers: labels × voxels of a block × draws that are read tog
 SKETCHES = 2**27  # numbers: what the prior says of those draws, as it computes it
 RARE, USUAL = 1e-3, 10  # a label less probable in all of a block, over so many draws, is drawn nowhere there
 FEWEST_BLOCKS = 64  # from which threads are worth their start
-SLAB = 2**28  # numbers: label marginals that are summed at a time; each slab of voxels decodes the draws anew
+SLAB = 2**28  # numbers: label marginals that are summed at a time
 
 
 @dataclass(frozen=True)

@@ -117,8 +117,9 @@ class Benchmark:
                 values = segment_by_peer(peer, load_model(self.prior), case.scan)
                 write_image(self.label_map(part, case), values, read_scan(case.scan))
 
-            name = f"segment-{peer}-{parse_name(case.scan).stem}"
-            found[case.scan] = self.label_map(self.stages.run(name, [peer, case.scan.name], ["prior"], work), case)
+            below, stem = output_location(case.scan, self.scans)
+            name = "-".join(["segment", peer, *below.parts, stem])
+            found[case.scan] = self.label_map(self.stages.run(name, [peer, str(case.scan)], ["prior"], work), case)
         return found
 
     def segment_row(self, row: str, best: str) -> Segmented:

@@ -15,7 +15,7 @@ from ..models.shape_prior import gaussian_blur
 from ..models.voxels import EVERYWHERE, Voxels, put
 from .expectation import expecting, flatten, label_responsibilities
 
-PARTS = 4  # of the grid's planes: each step of EM takes one, in turn
+PARTS = 4  # of the grid's planes across its last axis: each step of EM takes one, in turn
 BESIDE = 2.0  # mm, sd of the Gaussian through which fluid is near
 SHARED = 2.0  # how often voxels are shared, for each voxel of the other kind nearby; half of them at most
 SELDOM = 0.1  # weight of a Gaussian of fluid below which it may be of anything
@@ -71,21 +71,22 @@ def learn_beside_shared(
     of_classes.to(z.device)
     own_voxels = own_voxels or OwnVoxels(*intensity.own(scan, observed), ((0.0,) * len(grid),))
     with torch.no_grad():
-        everything, tiny = flatten(scan, observed), torch.finfo(scan.dtype).tiny
+        tiny = torch.finfo(scan.dtype).tiny
         f = label_responsibilities(model, z, scan, observed, theta, "prior")[0]
         if intensity is not own or own.observed_rates:  # what speaks of labels beside intensities
+            everything = flatten(scan, observed)
             alone = own.class_log_prob(*intensity.own(*everything), theta)[0, own.class_of_label]
             f = (f.log() + intensity.label_log_prob(*everything, theta)[0] - alone).exp()
         f = own.class_sums(f[None])
         f = f[0].unflatten(-1, grid)
-        voxels = torch.arange(f[0].numel(), device=f.device).view(grid)
+        voxels, parts = torch.arange(f[0].numel(), device=f.device).view(grid), min(PARTS, grid[-1])
         for step in range(steps):
             *own_part, offset = own_voxels.part(step)
             part, observed_part = (values.to(z.device) for values in own_part)
             if step == 0:
                 log_f = between(f, offset).flatten(1).clamp(min=tiny).log()
                 r = (log_f + of_classes.label_log_prob(*flatten(part, observed_part), theta)[0]).softmax(0)
-            planes = slice(step % PARTS, None, PARTS)
+            planes = slice(step % parts, None, parts)
             some = voxels[..., planes].flatten()
             flat, seen = flatten(part, observed_part, some)
             log_f = between(f, offset, planes).flatten(1).clamp(min=tiny).log()
@@ -94,7 +95,7 @@ def learn_beside_shared(
             put(r, some, new)
             of_component = shared.component_responsibilities(new[None], flat, seen, of_shared)
             pure = [s.start + k for s, size in zip(shared.slices, own.components, strict=True) for k in range(size)]
-            theta = own.m_step(of_component[:, pure], flat, seen, theta, expected, PARTS * model.likelihood_power)
+            theta = own.m_step(of_component[:, pure], flat, seen, theta, expected, parts * model.likelihood_power)
     return theta
 
 

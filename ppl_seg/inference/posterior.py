@@ -53,7 +53,7 @@ class Posterior:
         """The objective's bound of the batch at this posterior, nats, from a few draws of z.
 
         On large grids each draw hears a part of the voxels, all of them together every voxel: a draw is off by about
-        as much everywhere, so that this says as much as all voxels under each.
+        as much everywhere, so that this says nearly as much as all voxels under each.
         """
 
         def guide(*_: Any) -> None:
@@ -91,7 +91,7 @@ def part_of(parts: int, turn: int) -> slice | None:
 def evenly(grid: tuple[int, ...], fewest: int) -> int:
     """The stride through a grid's voxels, `fewest` or up to half more, that leaves them farthest from each other.
 
-    A stride that divides the last axis takes planes.
+    A stride that divides the last axis takes planes. Where some voxels are not observed, rows are shifted anyhow.
     """
     offsets = [offset for offset in itertools.product(range(-_REACH, _REACH + 1), repeat=len(grid)) if any(offset)]
     rows = [math.prod(grid[axis + 1 :]) for axis in range(len(grid))]

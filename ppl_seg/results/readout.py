@@ -28,7 +28,7 @@ from ppl_seg.results.label_noise import LabelNoise
 ReadoutName = Literal["marginals", "decoder"]
 Run = Callable[..., Iterator[Any]]  # `map`, or that of a pool of threads
 Draw = Callable[[Tensor, Sequence[int], Tensor], Tensor]
-GROUP = 2**26  # numbers: labels × voxels of a block × draws that are read together; few labels are in a block
+GROUP = 2**25  # numbers: labels × voxels of a block × draws that are read together; few labels are in a block
 SKETCHES = 2**27  # numbers: what the prior says of those draws, as it computes it
 RARE, USUAL = 1e-3, 10  # a label less probable in all of a block, over so many draws, is drawn nowhere there
 FEWEST_BLOCKS = 64  # from which threads are worth their start
@@ -103,7 +103,7 @@ def read_out(
     marginals = scan.new_zeros(count, total) if keep_marginals else None
     if marginals is not None:
         marginals[0] = 1.0
-    groups, sketched = _groups(model.shape_prior, z, share), _Sketches(model.shape_prior, z)
+    groups, sketched = _groups(model.shape_prior, z, share, reader.to_grid), _Sketches(model.shape_prior, z)
     with torch.no_grad(), _workers(scan.device, len(all_blocks)) as run:
         for together in _slabs(all_blocks, int(share * SLAB) // count):
             sums = [scan.new_zeros(count, len(voxels)) for voxels in together]
@@ -281,11 +281,12 @@ def _usual(shape: LabelPrior, z: Tensor, wanted: Tensor) -> Tensor:
     return total / len(chosen)
 
 
-def _groups(shape: LabelPrior, z: Tensor, share: float) -> list[slice]:
-    """The draws that are read together."""
+def _groups(shape: LabelPrior, z: Tensor, share: float, to_grid: np.ndarray) -> list[slice]:
+    """The draws that are read together. to_grid: own voxel → grid voxel; a large one needs many of these."""
     with torch.no_grad():
         numbers = shape.sketch(z[:1]).numel()
-    size = max(1, min(GROUP // (BLOCK * shape.num_labels), int(share * SKETCHES) // numbers))
+    block = BLOCK * max(1.0, abs(np.linalg.det(to_grid[:3, :3])))
+    size = max(1, min(int(share * GROUP / (block * shape.num_labels)), int(share * SKETCHES) // numbers))
     return [slice(first, min(first + size, len(z))) for first in range(0, len(z), size)]
 
 

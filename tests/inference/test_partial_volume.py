@@ -136,12 +136,13 @@ def beside_fluid(share: Tensor) -> tuple[SegmentationModel, IntensityParameters]
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_a_thin_cortex_beside_fluid_is_learned_from_what_is_its_own(guided: bool) -> None:
+@pytest.mark.parametrize("across", [(12, 12), (48, 3), (144, 1)], ids=["block", "three slices", "a slice"])
+def test_a_thin_cortex_beside_fluid_is_learned_from_what_is_its_own(across: tuple[int, int], guided: bool) -> None:
     """As in FLAIR: fluid 0.1, cortex of two voxels 0.68, white matter 0.6; all of the cortex' outer half is shared.
 
     Without Gaussians of shared voxels the cortex comes out too dark, its contrast a third of what it is.
     """
-    grid, generator = (16, 12, 12), torch.Generator().manual_seed(0)
+    grid, generator = (16, *across), torch.Generator().manual_seed(0)
     border = 5.5 + torch.rand(grid[1:], generator=generator)  # where fluid ends, voxels from the first face
     place = torch.arange(16.0)[:, None, None]
     fluid, white = (border - place).clamp(0, 1), (place >= 8).double().expand(grid)

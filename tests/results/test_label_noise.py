@@ -43,6 +43,13 @@ def test_each_label_wins_as_often_as_it_is_probable(kind: torch.dtype) -> None:
         assert_frequencies(torch.stack([(drawn == m).sum(1) for m in range(5)]), r, DRAWS)
 
 
+def test_a_label_alone_needs_no_race() -> None:
+    places = places_along([0.0, 3.0])
+    noise = LabelNoise.draw((0, 1, 1), DRAWS, SPACING, places)
+    drawn = noise.winners(ALL, torch.full((1, 2, DRAWS), 0.3, dtype=places.dtype), [2], places)
+    assert drawn.shape == (2, DRAWS) and bool((drawn == 2).all())
+
+
 def test_labels_of_a_class_are_drawn_together() -> None:
     """Left and right: where they are one class their winning goes together, else not; the limits are 7 sd away."""
     torch.manual_seed(0)

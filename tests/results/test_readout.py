@@ -164,17 +164,18 @@ PLACES = {
 
 
 @pytest.mark.parametrize("guided", [False, True], ids=["", "with a label guide"])
-@pytest.mark.parametrize("small", [False, True], ids=["at once", "in pieces"])
+@pytest.mark.parametrize("small", ["", "slabs", "all"], ids=["at once", "in slabs", "in pieces"])
 @pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
 def test_against_the_whole_scan_at_once(
-    place: tuple[np.ndarray, tuple[int, int, int]], small: bool, guided: bool, monkeypatch: pytest.MonkeyPatch
+    place: tuple[np.ndarray, tuple[int, int, int]], small: str, guided: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Marginals, label map, entropy, evidence, counts of the drawn labels.
 
-    In pieces: groups of draws, slabs of blocks and blocks of voxels much smaller than the scan.
+    In pieces: groups of draws, slabs of blocks and blocks of voxels much smaller than the scan. In slabs: of all draws.
     """
-    if small:
+    if small == "all":
         monkeypatch.setattr(readout, "GROUP", 3 * 5 * results_blocks.BLOCK)
+    if small:
         monkeypatch.setattr(readout, "SLAB", 5 * 2000)
         monkeypatch.setattr(results_blocks, "BLOCK", 400)
     model, theta = brain()

@@ -140,7 +140,8 @@ class WarpedAtlas(LabelPrior):
 
     def places(self, z: Tensor, voxels: Voxels) -> Tensor:
         """φ_z(j) of some voxels j, (..., d, n)."""
-        return self.displacement(z).flatten(-len(self.grid))[..., voxels] + _indices(self.grid, z)[:, voxels]
+        own = unravel(torch.arange(math.prod(self.grid), device=z.device)[voxels], self.grid).mT
+        return self.displacement(z).flatten(-len(self.grid))[..., voxels] + own
 
     def flat_scores(self, z: Tensor, voxels: Voxels) -> Tensor:
         """log f − log p_loc at some voxels, (..., M, n)."""
@@ -220,12 +221,6 @@ def _cosines(frequencies: int, points: int) -> Tensor:
 def _along(values: Tensor, matrix: Tensor, axis: int) -> Tensor:
     """`values` with its `axis` multiplied by a matrix (old, new)."""
     return (values.movedim(axis, -1) @ matrix).movedim(-1, axis)
-
-
-def _indices(grid: Sequence[int], like: Tensor) -> Tensor:
-    """The voxels' own positions, (d, J)."""
-    axes = [torch.arange(n, dtype=like.dtype, device=like.device) for n in grid]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
 
 
 def corners_of(places: Tensor, grid: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -25,7 +25,7 @@ from .recipes import Recipe
 from .training_options import LARGE_GRID
 
 # of large grids a step takes a part of the voxels, in turn; neighbours say nearly the same
-PARTS, PART = 4, 65_536  # so many at least, each of so many voxels at most
+FEWEST_PARTS, LARGEST_PART = 4, 65_536  # the latter in voxels
 _REACH = 4  # voxels along each axis within which two of a part are looked for
 
 
@@ -80,7 +80,7 @@ def parts_of(model: SegmentationModel, objective: Any, observed: Tensor) -> int:
     if math.prod(grid) <= LARGE_GRID or model.form != "collapsed" or not getattr(objective, "by_parts", True):
         return 1
     seen = int(observed.flatten(2).flatten(0, 1).any(0).sum())
-    return evenly(grid, max(PARTS, -(-seen // PART)))
+    return evenly(grid, max(FEWEST_PARTS, -(-seen // LARGEST_PART)))
 
 
 def part_of(parts: int, turn: int) -> slice | None:

@@ -28,7 +28,7 @@ from ppl_seg.results.label_noise import LabelNoise
 ReadoutName = Literal["marginals", "decoder"]
 Run = Callable[..., Iterator[Any]]  # `map`, or that of a pool of threads
 Draw = Callable[[Tensor, Sequence[int], Tensor], Tensor]
-GROUP = 2**25  # numbers: labels × voxels of a block × draws that are read together; few labels are in a block
+GROUP = 2**26  # numbers: labels × voxels of a block × draws that are read together; few labels are in a block
 SKETCHES = 2**27  # numbers: what the prior says of those draws, as it computes it
 RARE, USUAL = 1e-3, 10  # a label less probable in all of a block, over so many draws, is drawn nowhere there
 FEWEST_BLOCKS = 64  # from which threads are worth their start

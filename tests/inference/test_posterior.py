@@ -77,8 +77,8 @@ def test_parts_hold_so_many_voxels_at_most(monkeypatch: pytest.MonkeyPatch) -> N
     words = (problem.model(), Marginal(), problem.observed)
     assert posterior.parts_of(*words) == 1
     monkeypatch.setattr(posterior, "LARGE_GRID", 0)
-    assert posterior.parts_of(*words) == posterior.evenly(GRID, posterior.PARTS)
-    monkeypatch.setattr(posterior, "PART", 20)
+    assert posterior.parts_of(*words) == posterior.evenly(GRID, posterior.FEWEST_PARTS)
+    monkeypatch.setattr(posterior, "LARGEST_PART", 20)
     seen = int(problem.observed.flatten(2).any(0).any(0).sum())
     assert -(-seen // 20) <= posterior.parts_of(*words) <= -(-seen // 20) * 3 // 2
 
@@ -122,7 +122,7 @@ def test_who_hears_parts_of_the_voxels(
     raw = torch.zeros(problem.num_scans, family.num_parameters, dtype=torch.float64)
     recipe = build_recipe("default", objective=name)
     posterior.infer(model, family, raw, problem.scan, problem.observed, problem.theta().detach(), recipe, 8)
-    parts = posterior.evenly(GRID, posterior.PARTS)
+    parts = posterior.evenly(GRID, posterior.FEWEST_PARTS)
     assert heard == [step % parts if in_parts else None for step in range(8)]
     assert updated == ([0, 1, 2, None] if in_parts else [None] * 4)
     updated.clear()
